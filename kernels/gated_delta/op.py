@@ -1,0 +1,104 @@
+"""Gated delta rule, public op: one signature over the torch reference and fla's Triton kernels."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from loopline.kernels.errors import BackendError
+from loopline.kernels.gated_delta import reference
+
+BACKENDS = ("reference", "fla")
+
+
+def available_backends(device_type: str) -> list[str]:
+    """Backends that can run on `device_type` ("cpu" or "cuda") here, the preferred one first."""
+    has_fla = device_type == "cuda" and importlib.util.find_spec("fla") is not None
+    return ["fla", "reference"] if has_fla else ["reference"]
+
+
+def check_backend(backend: str, device_type: str) -> str:
+    """Resolve "auto" and refuse what cannot run.
+
+    Raises:
+        BackendError: `backend` is not one of those available on `device_type`.
+    """
+    available = available_backends(device_type)
+    if backend == "auto":
+        return available[0]
+    if backend not in available:
+        raise BackendError(
+            f"gated_delta backend {backend!r} is not available on {device_type}; available: {', '.join(available)}"
+            + (" (fla: pip install 'loopline[gpu]')" if backend == "fla" else "")
+        )
+    return backend
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    cu_seqlens: list[int],
+    initial_state: Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t.
+
+    Args:
+        q, k: [1, T, H, K], bf16 or fp32, L2-normalised over K by the caller.
+        v: [1, T, H, V], same dtype as q.
+        g: [1, T, H], fp32, log decay, <= 0.
+        beta: [1, T, H], in (0, 1), or (0, 2) with negative eigenvalues.
+        scale: factor on q.
+        cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
+        initial_state: [N, H, K, V], fp32; None means zeros.
+        backend: "reference" or "fla"; resolve "auto" once with `check_backend`.
+    Returns:
+        o: [1, T, H, V] in v.dtype; final_state: [N, H, K, V], fp32.
+    Raises:
+        ValueError: shapes disagree, or cu_seqlens does not run from 0 to T in rising order.
+        BackendError: unknown backend.
+    Reference: Yang et al., Gated Delta Networks, arXiv:2412.06464.
+    """
+    _check_shapes(q, k, v, g, beta, cu_seqlens)
+    if backend == "reference":
+        return reference.chunked(
+            q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state
+        )
+    if backend == "fla":
+        return _fla(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    raise BackendError(f"gated_delta backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: list[int]) -> None:
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want [1, T, H, K|V] alike")
+    if g.shape != q.shape[:3] or beta.shape != q.shape[:3]:
+        raise ValueError(f"g {tuple(g.shape)} and beta {tuple(beta.shape)} must be [1, T, H] = {tuple(q.shape[:3])}")
+    if q.shape[0] != 1:
+        raise ValueError(f"batch is {q.shape[0]}; pack sequences into one row and give their cu_seqlens")
+    rising = all(a < b for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:]))
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or not rising:
+        raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {q.shape[1]}")
+
+
+def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
+    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only: fla's chunk, naive and
+    # recurrent forms order g and beta differently, and a swap gives NaN without an error.
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=q.device),
+    )
