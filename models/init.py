@@ -9,8 +9,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from loopline.models.looped_lm import LoopedLM
 
-def init_weights(model: nn.Module, seed: int) -> None:
+
+def init_weights(model: LoopedLM, seed: int) -> None:
     """Fill every parameter of `model` in place.
 
     A parameter that is one shard of a larger one carries `shard = (dim, index, count)`.
@@ -20,7 +22,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
             dim, index, count = getattr(parameter, "shard", (0, 0, 1))
             shape = list(parameter.shape)
             shape[dim] *= count
-            parameter.copy_(initial_value(name, shape, seed).chunk(count, dim)[index])
+            parameter.copy_(initial_value(model.stored_name(name), shape, seed).chunk(count, dim)[index])
 
 
 def initial_value(name: str, shape: list[int], seed: int) -> Tensor:

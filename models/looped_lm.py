@@ -30,9 +30,13 @@ class LoopGate(nn.Module):
         super().__init__()
         self.rho = nn.Parameter(torch.empty(n_loops, d_model))
 
+    def vectors(self) -> Tensor:
+        """The learned vectors, [R, C], fp32. Parallel versions override this."""
+        return self.rho
+
     def forward(self, h: Tensor, h_in: Tensor, loop_idx: int) -> Tensor:
         """[1, T, C] twice -> [1, T, C]. Past the last trained loop, the last loop's rho is used again."""
-        return h + self.rho[min(loop_idx, len(self.rho) - 1)].to(h.dtype) * h_in
+        return h + self.vectors()[min(loop_idx, len(self.rho) - 1)].to(h.dtype) * h_in
 
 
 class LoopedLM(nn.Module):
@@ -56,6 +60,10 @@ class LoopedLM(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.run_step: RunStep = run_step
+
+    def stored_name(self, name: str) -> str:
+        """The name a parameter is filled and saved under: a tied head is the embedding, wherever its copy lives."""
+        return "embed.weight" if self.config.tie_embeddings and name == "head.weight" else name
 
     def forward(self, tokens: Tensor, cu_seqlens: list[int] | None = None, n_loops: int | None = None) -> Tensor:
         """Logits after the last loop.

@@ -1,0 +1,109 @@
+"""From a config to a model on this rank: blocks of its stage, cut over its tensor group, filled, and its optimizer."""
+
+from collections.abc import Callable
+
+import torch
+
+from loopline.kernels.gated_delta.op import check_backend
+from loopline.models.init import init_weights
+from loopline.models.looped_lm import LoopedLM
+from loopline.pretrain.config import RunConfig, parse_recompute
+from loopline.pretrain.objective import loss_sum, token_losses
+from loopline.pretrain.parallel.topology import Topology
+from loopline.pretrain.recompute import recomputing
+from loopline.pretrain.step import Stepper
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_model(config: RunConfig, topology: Topology, fill: Callable[[LoopedLM], None] | None = None) -> LoopedLM:
+    """This rank's part of the model, with weights.
+
+    The order matters and is stated: whole model without storage, keep this stage, cut over tensor ranks, allocate, tie,
+    mark cut parameters, fill.
+
+    Args:
+        fill: writes every parameter; None means initial weights from the run's seed.
+    """
+    with torch.device("meta"):
+        model = LoopedLM(config.model, DTYPES[config.train.dtype])
+        if topology.pp > 1:
+            from loopline.pretrain.parallel.pipeline import keep_stage
+
+            keep_stage(model, topology)
+        if topology.tp > 1:
+            from loopline.pretrain.parallel.tensor import apply_tensor_parallel
+
+            apply_tensor_parallel(model, topology, sequence_parallel=config.parallel.sequence_parallel)
+    model.to_empty(device=topology.device)
+    if config.model.tie_embeddings and topology.pp == 1:
+        model.head.weight = model.embed.weight  # allocation unties
+    if topology.tp > 1:
+        from loopline.pretrain.parallel.tensor import mark_shards
+
+        mark_shards(model, topology)
+    if config.model.tie_embeddings and topology.pp > 1 and topology.is_last_stage:
+        model.head.weight.ds_pipe_replicated = True  # counted in the gradient norm on the first stage
+    if fill is None:
+        init_weights(model, config.run.seed)
+    else:
+        fill(model)
+    loops = parse_recompute(config.parallel.recompute)
+    if loops != frozenset():
+        model.run_step = recomputing(loops)
+    return model
+
+
+def build_stepper(config: RunConfig, topology: Topology, model: LoopedLM) -> Stepper:
+    """The model's optimizer and schedule for this layout."""
+    parallel = config.parallel
+
+    def loss(model: LoopedLM, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss_sum(model, h, labels, losses)
+
+    losses = token_losses
+    if topology.tp > 1:
+        from loopline.pretrain.parallel.tensor import vocab_parallel_token_losses
+
+        losses = vocab_parallel_token_losses
+    pipeline = None
+    if topology.pp > 1:
+        from loopline.pretrain.parallel.pipeline import Pipeline
+
+        pipeline = Pipeline(model, topology, loss, parallel.sequence_parallel)
+    shapes = {name: _twin(parameter) for name, parameter in model.named_parameters()}
+    if parallel.zero_stage:
+        from loopline.pretrain.parallel.zero import ZeroOptimizer
+
+        optimizer = ZeroOptimizer(model, config.optimizer, topology, stage=parallel.zero_stage)
+    else:
+        from loopline.pretrain.parallel.replicated import ReplicatedOptimizer
+
+        optimizer = ReplicatedOptimizer(model, config.optimizer, topology)  # type: ignore[assignment]
+    return Stepper(
+        model=model,
+        optimizer=optimizer,
+        topology=topology,
+        loss=loss,
+        pipeline=pipeline,
+        micro_batch_sequences=config.train.micro_batch_sequences,
+        sequence_parallel=parallel.sequence_parallel,
+        parameter_shapes=shapes,
+    )
+
+
+def _twin(parameter: torch.Tensor) -> torch.Tensor:
+    twin = torch.empty_like(parameter, device="meta")
+    if hasattr(parameter, "shard"):
+        twin.shard = parameter.shard  # type: ignore[attr-defined]
+    return twin
+
+
+def chosen_backends(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """The kernel each op will run, resolved once; logged at the start.
+
+    Raises:
+        BackendError: one asked for is not available.
+    """
+    used = set(config.model.mixer_names)
+    return {"gated_delta": check_backend(config.model.gdn.backend, device.type)} if "gdn" in used else {}

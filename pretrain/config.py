@@ -1,0 +1,339 @@
+"""The run as strict frozen data: recipe files, overrides, and every check that needs no device. Torch-free.
+
+A recipe is a short TOML file that may start from another (`base = "debug"`). `load_config` resolves it;
+`RunConfig.validate_for(world_size)` gathers every problem of the whole and raises once.
+"""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from loopline.models.config import ModelConfig, Section
+from loopline.pretrain.errors import ConfigError
+
+
+def parse_recompute(text: str) -> frozenset[int] | None:
+    """Loops whose blocks are recomputed: none is the empty set, all is None.
+
+    Raises:
+        ValueError: not 'none', 'all' or 'loops:i,j'.
+    """
+    if text == "none":
+        return frozenset()
+    if text == "all":
+        return None
+    kind, _, loops = text.partition(":")
+    if kind == "loops" and loops and all(x.strip().isdigit() for x in loops.split(",")):
+        return frozenset(int(x) for x in loops.split(","))
+    raise ValueError(f"parallel.recompute is {text!r}; use 'none', 'all', or 'loops:0,1'")
+
+
+class RunSection(Section):
+    """Where the run lives and what seeds it."""
+
+    dir: str = Field("runs/default", description="run directory: config, logs, metrics, checkpoints, exports")
+    seed: int = Field(0, ge=0, description="seeds weights and data order")
+
+
+class TrainSection(Section):
+    """How much is trained, in what pieces."""
+
+    steps: int = Field(10, ge=1, description="optimizer steps; the schedule's horizon")
+    stop_at_step: int | None = Field(None, ge=1, description="stop (and save) here; the schedule still ends at `steps`")
+    seq_len: int = Field(128, ge=1, description="tokens in a sequence")
+    global_batch_sequences: int = Field(8, ge=1, description="sequences in one optimizer step, over all ranks")
+    micro_batch_sequences: int = Field(2, ge=1, description="sequences a rank runs at once")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute dtype; weights and gradient sums are fp32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped_steps: int = Field(0, ge=0, description="non-finite steps in a row that are skipped before stopping")
+    hang_timeout_s: float = Field(1800.0, gt=0, description="dump stacks and end when a step takes longer than this")
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(3e-4, gt=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final lr / peak lr")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="wsd: constant, then linear decay")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps spent decaying")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices, not on norms, gates, decays and convolutions")
+    grad_clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
+
+
+class ParallelSection(Section):
+    """The layout. Data-parallel size is what the world leaves: world / (tp * pp)."""
+
+    tp: int = Field(1, ge=1, description="tensor-parallel size")
+    pp: int = Field(1, ge=1, description="pipeline stages; loops are their virtual stages")
+    sequence_parallel: bool = Field(False, description="norms and residuals sharded over tokens; needs tp > 1")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO; 2 and 3 need pp = 1")
+    recompute: str = Field("none", description="'none', 'all', or 'loops:0,1': block outputs rebuilt in backward")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        parse_recompute(self.recompute)
+        return self
+
+
+class DataSection(Section):
+    """Which tokens, in which order."""
+
+    manifest: str = Field("bundled:stdlib", description="manifest.json of a built corpus, or 'bundled:NAME'")
+    cache_dir: str = Field("data", description="where bundled corpora are built")
+    lanes: int = Field(8, ge=1, description="logical streams; fixed for the life of a run")
+    shuffle_records: int = Field(4, ge=1, description="records shuffled together within a lane")
+    verify_hashes: bool = Field(True, description="check every shard's sha256 before step 1")
+
+
+class CheckpointSection(Section):
+    """Saving."""
+
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    init_from: str | None = Field(None, description="start a new run from this checkpoint's weights")
+
+
+class EvalSection(Section):
+    """Held-out loss during the run, at every depth."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0 means none")
+    batches: int = Field(4, ge=1, description="global batches of held-out sequences in one evaluation")
+
+
+class LogSection(Section):
+    """What is written while training."""
+
+    every: int = Field(1, ge=1, description="steps between console and TensorBoard records; metrics.jsonl has all")
+    peak_tflops: float | None = Field(None, gt=0, description="dense peak of one device, for MFU; none: by its name")
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection = DataSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+    def dp(self, world_size: int) -> int:
+        """Data-parallel size on `world_size` ranks."""
+        return world_size // (self.parallel.tp * self.parallel.pp)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches each data-parallel rank runs in one step."""
+        return self.train.global_batch_sequences // (self.dp(world_size) * self.train.micro_batch_sequences)
+
+    def validate_for(self, world_size: int) -> None:
+        """Refuse every combination that cannot run on `world_size` ranks, all problems at once.
+
+        Raises:
+            ConfigError: one line a problem: field, value, rule, fix.
+        """
+        problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self)
+        if problems:
+            raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(problems))
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    p, t, problems = config.parallel, config.train, []
+    if world_size % (p.tp * p.pp):
+        return [
+            f"parallel.tp * parallel.pp = {p.tp} * {p.pp} does not divide the world size {world_size}: "
+            f"launch a multiple of {p.tp * p.pp} processes, or lower tp or pp"
+        ]
+    dp = config.dp(world_size)
+    per_step = dp * t.micro_batch_sequences
+    if t.global_batch_sequences % per_step:
+        problems.append(
+            f"train.global_batch_sequences = {t.global_batch_sequences} must be a multiple of "
+            f"train.micro_batch_sequences * dp = {t.micro_batch_sequences} * {dp} = {per_step}: change one of them"
+        )
+    elif p.pp > 1 and config.micro_batches(world_size) % p.pp:
+        problems.append(
+            f"{config.micro_batches(world_size)} micro-batches a step (train.global_batch_sequences "
+            f"{t.global_batch_sequences} / ({t.micro_batch_sequences} * dp {dp})) must be a multiple of parallel.pp = "
+            f"{p.pp}: raise the global batch or lower train.micro_batch_sequences"
+        )
+    if config.data.lanes % dp:
+        problems.append(
+            f"data.lanes = {config.data.lanes} must be a multiple of the data-parallel size {dp}: "
+            "a rank serves whole lanes; choose lanes once, as a multiple of every dp you may use"
+        )
+    if t.global_batch_sequences % config.data.lanes:
+        problems.append(
+            f"train.global_batch_sequences = {t.global_batch_sequences} must be a multiple of data.lanes = "
+            f"{config.data.lanes}: every step takes the same number of sequences from every lane"
+        )
+    if p.zero_stage >= 2 and p.pp > 1:
+        problems.append(
+            f"parallel.zero_stage = {p.zero_stage} with parallel.pp = {p.pp}: ZeRO 2 and 3 shard gradients within one "
+            "backward, which a pipeline splits; use zero_stage 0 or 1, or pp = 1"
+        )
+    if p.pp > config.model.n_blocks:
+        problems.append(
+            f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; lower pp"
+        )
+    if t.stop_at_step is not None and t.stop_at_step > t.steps:
+        problems.append(f"train.stop_at_step = {t.stop_at_step} is past train.steps = {t.steps}")
+    loops = parse_recompute(p.recompute) or frozenset()
+    if any(r >= config.model.n_loops for r in loops):
+        problems.append(
+            f"parallel.recompute = {p.recompute!r} names a loop that does not run: model.n_loops = "
+            f"{config.model.n_loops}, so loops are 0..{config.model.n_loops - 1}"
+        )
+    return problems
+
+
+def _tensor_parallel_problems(config: RunConfig) -> list[str]:
+    tp, model = config.parallel.tp, config.model
+    if tp == 1:
+        if config.parallel.sequence_parallel:
+            return ["parallel.sequence_parallel = true needs parallel.tp > 1: raise tp or turn it off"]
+        return []
+    sizes = {"model.d_ffn": model.d_ffn, "model.vocab_size": model.vocab_size}
+    if "full" in model.mixer_names:
+        sizes |= {"model.full.n_heads": model.full.n_heads, "model.full.n_kv_heads": model.n_kv_heads}
+    if "gdn" in model.mixer_names:
+        sizes["model.gdn.n_heads"] = model.gdn.n_heads
+    problems = [
+        f"{field} = {value} must be divisible by parallel.tp = {tp}: change one of them"
+        for field, value in sizes.items()
+        if value % tp
+    ]
+    tokens = config.train.micro_batch_sequences * config.train.seq_len
+    if config.parallel.sequence_parallel and tokens % tp:
+        problems.append(
+            f"train.micro_batch_sequences * train.seq_len = {tokens} must be divisible by parallel.tp = {tp} "
+            "with parallel.sequence_parallel: change one of them"
+        )
+    return problems
+
+
+def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
+    """Resolve a recipe (a name under pretrain/recipes, or a path to a .toml file) and `a.b=c` overrides.
+
+    Raises:
+        ConfigError: no such recipe, a cycle of bases, an unknown key (the nearest is named), or a bad value.
+    """
+    tree = _load_tree(recipe, seen=())
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Check a nested dict against the schema.
+
+    Raises:
+        ConfigError: every problem found, a line each.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError("bad configuration:\n  - " + "\n  - ".join(lines)) from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with Loopline."""
+    folder = resources.files("loopline.pretrain.recipes")
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def _load_tree(recipe: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if recipe in seen:
+        raise ConfigError(f"recipes start from each other in a circle: {' -> '.join([*seen, recipe])}")
+    if recipe.endswith(".toml"):
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(f"recipe file {recipe} does not exist; shipped recipes: {', '.join(recipe_names())}")
+        text = path.read_text(encoding="utf-8")
+    elif recipe in recipe_names():
+        text = (resources.files("loopline.pretrain.recipes") / f"{recipe}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"unknown recipe {recipe!r}{_nearest(recipe, recipe_names())}; shipped recipes: "
+            f"{', '.join(recipe_names())}; or give the path of a .toml file"
+        )
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {recipe} is not valid TOML: {error}") from None
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if base.endswith(".toml") and recipe.endswith(".toml"):
+        base = str(Path(recipe).parent / base)
+    return _merge(_load_tree(base, (*seen, recipe)), tree)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        is_table = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if is_table else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, has_value, text = override.partition("=")
+    if not has_value or not path.strip():
+        raise ConfigError(f"override {override!r} must read section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set train.dtype=bf16
+    if value == "none":
+        value = None if path.strip() in _OPTIONAL_FIELDS else value
+    *sections, field = path.strip().split(".")
+    for name in sections:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+    tree[field] = value
+
+
+_OPTIONAL_FIELDS = {
+    "train.stop_at_step",
+    "checkpoint.init_from",
+    "log.peak_tflops",
+    "model.full.n_kv_heads",
+    "model.full.d_head",
+}
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(detail["loc"][:-1])
+        return f"unknown key {path}{_nearest(str(detail['loc'][-1]), known, prefix=detail['loc'][:-1])}; known: " + (
+            ", ".join(known)
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return message
+    return f"{path} = {detail['input']!r}: {message}"
+
+
+def _fields_at(path: tuple[str | int, ...]) -> list[str]:
+    model: type[Section] = RunConfig
+    for part in path:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: list[str], prefix: tuple[str | int, ...] = ()) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {'.'.join([*map(str, prefix), close[0]])}?)" if close else ""

@@ -1,0 +1,166 @@
+"""The outer loop: step, check, log, evaluate, save, until the last step or a request to stop."""
+
+import faulthandler
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.stream import GlobalBatchStream, heldout_batches
+from loopline.models.flops import train_flops
+from loopline.pretrain.checkpoint import RunState, save
+from loopline.pretrain.config import RunConfig
+from loopline.pretrain.metrics import MetricsWriter, finite_or_none, memory_bytes, peak_flops
+from loopline.pretrain.optimizer import learning_rate
+from loopline.pretrain.parallel.topology import Topology
+from loopline.pretrain.step import Stepper, StepResult
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not a number."""
+
+
+@dataclass
+class Loop:
+    """A run in progress.
+
+    Attributes:
+        step, tokens: done so far, earlier processes included.
+        writer: metrics; None on all ranks but the main one.
+    """
+
+    config: RunConfig
+    topology: Topology
+    stepper: Stepper
+    manifest: Manifest
+    stream: GlobalBatchStream
+    writer: MetricsWriter | None
+    data_id: str
+    step: int
+    tokens: int
+    saved_step: int | None = None
+    skipped_in_a_row: int = 0
+    gather_lanes: Callable[[dict], dict] = field(default=lambda lanes: lanes)
+
+    def run(self) -> None:
+        """Train to the end, or until asked to stop; leave a checkpoint of the last step."""
+        train = self.config.train
+        last = train.stop_at_step or train.steps
+        signals = StopSignals()
+        while self.step < last:
+            faulthandler.dump_traceback_later(train.hang_timeout_s, exit=True)
+            started = time.monotonic()
+            lr = learning_rate(self.step, train.steps, self.config.optimizer)
+            result = self.stepper.train(next(self.stream), lr, signals.received)
+            self.step += 1
+            self.tokens += result.n_valid
+            self.check_finite(result)
+            record = self.record(result, lr, time.monotonic() - started)
+            if self.is_due(self.config.eval.every, last):
+                record |= self.evaluate()
+            if self.writer:
+                self.writer.write(record)
+            if self.is_due(self.config.checkpoint.every, last) and self.skipped_in_a_row == 0:
+                self.save()
+            if result.stop:
+                log.info("asked to stop: saving at step %d", self.step)
+                break
+        if self.saved_step != self.step and self.skipped_in_a_row == 0:
+            self.save()
+        faulthandler.cancel_dump_traceback_later()
+        signals.restore()
+
+    def is_due(self, every: int, last: int) -> bool:
+        """Whether something that happens every so many steps happens now; the last step counts unless it is off."""
+        return every > 0 and (self.step % every == 0 or self.step == last)
+
+    def check_finite(self, result: StepResult) -> None:
+        """The policy for a non-finite step: nothing is updated; too many in a row end the run. All ranks see the same
+        numbers, so all decide alike."""
+        if result.is_finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        log.warning("step %d skipped: loss %s, gradient norm %s", self.step, result.loss, result.grad_norm)
+        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                f"{self.skipped_in_a_row} in a row is more than train.max_skipped_steps = "
+                f"{self.config.train.max_skipped_steps}. The last checkpoint is from before; lower optimizer.lr or "
+                "raise train.max_skipped_steps"
+            )
+
+    def record(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+        """One step's metrics."""
+        tokens_per_step = self.config.train.global_batch_sequences * self.config.train.seq_len
+        peak = peak_flops(self.topology.device, self.config.log.peak_tflops)
+        tokens_per_s = tokens_per_step / seconds
+        flops = train_flops(self.config.model, self.config.train.seq_len) * tokens_per_s
+        return {
+            "step": self.step,
+            "loss": finite_or_none(result.loss),
+            "grad_norm": finite_or_none(result.grad_norm),
+            "lr": lr,
+            "tokens": self.tokens,
+            "tokens_per_s": tokens_per_s,
+            "mfu": None if peak is None else flops / (peak * self.topology.world_size),
+            "step_time_s": seconds,
+            "memory_bytes": memory_bytes(self.topology.device),
+            "skipped": not result.is_finite,
+            "epoch": max((s["epoch"] for s in self.stream.state_dict().values()), default=0),
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out loss after each loop."""
+        batches = heldout_batches(
+            self.manifest,
+            seq_len=self.config.train.seq_len,
+            batch_sequences=self.config.train.global_batch_sequences,
+            max_batches=self.config.eval.batches,
+            dp_rank=self.topology.dp_rank,
+            dp_size=self.topology.dp,
+        )
+        figures = self.stepper.evaluate(list(batches))
+        return {"eval_loss_per_loop": figures.loss, "eval_state_change_per_loop": figures.state_change}
+
+    def save(self) -> None:
+        """Checkpoint this step."""
+        state = RunState(
+            step=self.step,
+            tokens=self.tokens,
+            lanes=self.gather_lanes({str(k): v for k, v in self.stream.state_dict().items()}),
+            data=self.data_id,
+            config=self.config.model_dump(mode="json"),
+        )
+        folder = Path(self.config.run.dir) / "checkpoints"
+        path = save(folder, state, self.stepper, self.config.checkpoint.keep)
+        self.saved_step = self.step
+        log.info("saved %s", path)
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT, so that the loop can finish its step, save and exit. A second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for number in self._old:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.received:
+            self.restore()
+            sys.exit(128 + number)
+        self.received = True
+
+    def restore(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
