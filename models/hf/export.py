@@ -35,6 +35,9 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FP32_LEAVES = ("A_log", "dt_bias")  # stored in fp32 whatever the export's dtype
 
 N_CACHED_TOKENS = 5  # decoded one by one in the check
+# Decoding sums in another order than the forward pass, and Gated DeltaNet's output norm can magnify fp32 rounding a
+# thousandfold: measured 1e-5, where the forward pass itself is 1e-3 from fp64. A wrong cache is off by 0.1 or more.
+CACHED_FACTOR = 100.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class ParityReport:
         max_diff: greatest |difference| of logits after 1, 2, ... n_loops + 1 loops.
         max_diff_cached: the same after n_loops loops, decoding from the cache: one row as it is, one padded on the left.
         max_logit: greatest |logit|, for scale.
-        tolerance: what neither difference exceeds.
+        tolerance: what max_diff does not exceed; max_diff_cached does not exceed CACHED_FACTOR times it.
         dtype: dtype of the stored weights.
     """
 
@@ -133,7 +136,8 @@ def check_export(
     what is tested is the code and every stored number, not bf16 arithmetic, so the tolerance is the same.
 
     Raises:
-        ExportError: weights are missing or extra, or logits differ by more than `tolerance`, or are not finite.
+        ExportError: weights are missing or extra, or logits differ by more than `tolerance` (CACHED_FACTOR times that
+            when decoding), or are not finite.
     """
     reference = _reference(model, dtype)
     n_loops, vocab_size = model.config.n_loops, model.config.vocab_size
@@ -153,14 +157,14 @@ def check_export(
         tolerance=tolerance,
         dtype=dtype,
     )
-    found = {f"after {depth} loops": diff for depth, diff in zip(depths, report.max_diff)}
-    found["decoding from the cache"] = report.max_diff_cached
-    wrong = [f"{where}: {diff:.1e}" for where, diff in found.items() if not diff <= tolerance]  # NaN fails too
+    found = [(f"after {depth} loops", diff, tolerance) for depth, diff in zip(depths, report.max_diff)]
+    found.append(("decoding from the cache", report.max_diff_cached, CACHED_FACTOR * tolerance))
+    wrong = [f"{where}: {diff:.1e} > {limit:.0e}" for where, diff, limit in found if not diff <= limit]  # NaN fails too
     if wrong:
         raise ExportError(
-            f"the export does not compute what the training model does: logits (up to {report.max_logit:.1f}) differ by "
-            f"more than tolerance={tolerance:.0e} {', '.join(wrong)}. Differences that grow slowly with depth are "
-            "rounding: raise the tolerance; others are a bug in models/hf or a damaged file"
+            f"the export does not compute what the training model does: logits (up to {report.max_logit:.1f}) differ "
+            f"{'; '.join(wrong)}. Differences that grow slowly with depth are rounding: raise the tolerance; others "
+            "are a bug in models/hf or a damaged file"
         )
     return report
 
@@ -211,7 +215,7 @@ def _reload(folder: Path) -> PreTrainedModel:
 
 
 def _decode_rows(loaded: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits of the last tokens of each row, decoded one by one: odd rows alone, even rows padded on the left."""
+    """Logits of the last tokens of each row, decoded one by one: even rows as they are, odd rows padded on the left."""
     n_padding, rows = 3, []
     for i, row in enumerate(tokens):
         padding = n_padding * (i % 2)

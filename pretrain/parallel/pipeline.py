@@ -122,6 +122,8 @@ class Pipeline:
             batch_p2p_comm=False,
             deallocate_pipeline_outputs=False,
         )
+        # Fields that megatron's schedules read and only its larger TransformerConfig declares.
+        config.fine_grained_activation_offloading = False
         config.hidden_size = Carry(self.model).width
         self.config = config
         self.chunks = [LoopChunk(self.model, r, self.topology, config) for r in range(n_loops)]

@@ -1,0 +1,201 @@
+"""Shard format 1: webdataset tar files of token records; the writer and the reader.
+
+A record is two members, `{key}.tokens.npy` (uint16 or uint32, [n_tokens], whole documents one after the other, each
+ending with eos) and `{key}.ends.npy` (int64, [n_documents], exclusive end of each document). A document is never split
+over records. The bytes depend on the tokens alone (fixed owner, mode and time), and `webdataset.WebDataset` reads the
+files; our own reader seeks to a record by the manifest's offsets. Local files only, for now.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.manifest import Manifest, Record, Shard, Split, check_shard_size
+
+DEFAULT_RECORD_TOKENS = 65_536
+DEFAULT_SHARD_BYTES = 256 * 2**20
+
+
+class SplitWriter:
+    """Writes the documents of one split, in the order given, as `{split}-{000000..}.tar`.
+
+    A record is closed once it holds at least `record_tokens` tokens, a shard once it holds at least `shard_bytes`
+    bytes, so both are targets that the last document or record overshoots.
+    """
+
+    def __init__(self, folder: Path, split: str, *, dtype: str, record_tokens: int, shard_bytes: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._record_tokens = record_tokens
+        self._shard_bytes = shard_bytes
+        self._documents: list[np.ndarray] = []
+        self._n_pending_tokens = 0
+        self._n_records = 0
+        self._shards: list[Shard] = []
+        self._tar: _TarFile | None = None
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends one document: integers, [n], n >= 1, eos last."""
+        assert len(tokens) > 0
+        self._documents.append(tokens)
+        self._n_pending_tokens += len(tokens)
+        if self._n_pending_tokens >= self._record_tokens:
+            self._write_record()
+
+    def close(self) -> Split | None:
+        """Writes what is left; returns the manifest entry, None where no document came."""
+        if self._documents:
+            self._write_record()
+        if self._tar is not None:
+            self._close_shard()
+        if not self._shards:
+            return None
+        return Split(
+            n_documents=sum(shard.n_documents for shard in self._shards),
+            n_tokens=sum(shard.n_tokens for shard in self._shards),
+            shards=tuple(self._shards),
+        )
+
+    def _write_record(self) -> None:
+        if self._tar is None:
+            self._tar = _TarFile(self._folder / f"{self._split}-{len(self._shards):06d}.tar")
+        key = f"{self._split}-{self._n_records:08d}"
+        # astype last: numpy's joins and sums give the machine's own byte order, the format is little-endian.
+        tokens = np.concatenate(self._documents).astype(self._dtype)  # [n_tokens]
+        ends = np.cumsum([len(document) for document in self._documents]).astype("<i8")  # [n_documents]
+        tokens_offset = self._tar.add(f"{key}.tokens.npy", _npy_bytes(tokens))
+        ends_offset = self._tar.add(f"{key}.ends.npy", _npy_bytes(ends))
+        self._tar.records.append(Record(tokens_offset, len(tokens), ends_offset, len(ends)))
+        self._n_records += 1
+        self._documents, self._n_pending_tokens = [], 0
+        if self._tar.n_bytes >= self._shard_bytes:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        assert self._tar is not None
+        sha256 = self._tar.close()
+        self._shards.append(
+            Shard(
+                name=self._tar.path.name,
+                sha256=sha256,
+                n_bytes=self._tar.n_bytes,
+                n_documents=sum(record.n_documents for record in self._tar.records),
+                n_tokens=sum(record.n_tokens for record in self._tar.records),
+                records=tuple(self._tar.records),
+            )
+        )
+        self._tar = None
+
+
+class _TarFile:
+    """A tar written block by block: `tarfile` gives no data offsets while writing, and this hashes on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_bytes = 0
+        self.records: list[Record] = []
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("wb")
+
+    def add(self, name: str, data: bytes) -> int:
+        """Appends a member; returns the offset of its data."""
+        info = tarfile.TarInfo(name)  # time, owner and group are zero, mode is 0644
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.n_bytes
+        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def close(self) -> str:
+        """Ends the archive durably; returns its sha256."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.n_bytes += len(data)
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class SplitReader:
+    """Reads the records of a split by number, 0 to n_records - 1, in the manifest's order."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        """Checks that every shard of the split is there and as long as the manifest says.
+
+        Raises:
+            DataError: no such split; a shard is missing or has another size.
+        """
+        self.manifest = manifest
+        self.split = split
+        self._shards = manifest.split(split).shards
+        for shard in self._shards:
+            check_shard_size(manifest.folder, shard)
+        self._folder = manifest.folder
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._vocab_size = manifest.vocab_size
+        self._eos_id = manifest.eos_id
+        # First record number of each shard, [n_shards + 1].
+        self._first_record = np.cumsum([0] + [len(shard.records) for shard in self._shards])
+        self.n_records = int(self._first_record[-1])
+
+    def documents(self, record_idx: int) -> list[np.ndarray]:
+        """The documents of one record: views [n] of the manifest's dtype, eos last.
+
+        Raises:
+            DataError: what lies there is not the record the manifest describes.
+        """
+        shard_idx = int(np.searchsorted(self._first_record, record_idx, side="right")) - 1
+        shard = self._shards[shard_idx]
+        record = shard.records[record_idx - int(self._first_record[shard_idx])]
+        path = self._folder / shard.name
+        try:
+            tokens, ends = self._read_record(path, record)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"shard {path}, record at byte {record.tokens_offset}, cannot be read: {error}. "
+                "Copy the shard again from where it was built, or build the data again"
+            ) from None
+        return np.split(tokens, ends[:-1])
+
+    def _read_record(self, path: Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        with path.open("rb") as file:
+            tokens = _read_npy(file, record.tokens_offset, self._dtype, record.n_tokens)
+            ends = _read_npy(file, record.ends_offset, np.dtype("<i8"), record.n_documents)
+        if ends[0] < 1 or ends[-1] != len(tokens) or (np.diff(ends) < 1).any():
+            raise ValueError(f"document ends must rise from 1 or more to {len(tokens)}")
+        if tokens.max() >= self._vocab_size:
+            raise ValueError(f"token {tokens.max()} found, vocab_size is {self._vocab_size}")
+        if (tokens[ends - 1] != self._eos_id).any():
+            raise ValueError(f"a document does not end with eos ({self._eos_id})")
+        return tokens, ends
+
+
+def _read_npy(file: io.BufferedReader, offset: int, dtype: np.dtype, n: int) -> np.ndarray:
+    """A 1-D array at `offset`; nothing is allocated or decoded before its header is what the manifest promises."""
+    file.seek(offset)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not an npy array of version 1.0")
+    shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=1024)
+    # Object arrays (pickles) end here too: their dtype is never the one expected.
+    if found != dtype or shape != (n,):
+        raise ValueError(f"array of {found} {list(shape)} found, {dtype} [{n}] expected")
+    data = file.read(n * dtype.itemsize)
+    if len(data) < n * dtype.itemsize:
+        raise ValueError(f"ends after {len(data)} of {n * dtype.itemsize} bytes")
+    return np.frombuffer(data, dtype)
