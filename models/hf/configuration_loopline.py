@@ -64,12 +64,21 @@ class LooplineConfig(PreTrainedConfig):
             names += [LAYER_TYPES[name]] * int(count or 1)
         return [names[i % len(names)] for i in range(self.n_blocks)]
 
-    # transformers sizes caches by the next two. Every (loop, block) has its own keys, values and states, so to a cache
-    # the model is n_loops * n_blocks layers deep: slot = loop_idx * n_blocks + block_idx.
+    def slot_types(self, n_loops: int) -> list[str]:
+        """Cache layer of each slot. Every (loop, block) has its own keys, values and states, so to a cache the model is
+        n_loops * n_blocks layers deep: slot = loop_idx * n_blocks + block_idx."""
+        types = self.block_types * n_loops
+        if "full_attention" not in types:
+            # generate() asks a cache how many tokens it holds, and one of recurrent layers alone raises (transformers
+            # 5.23). A hybrid layer can tell: the model keeps one number a token in its attention half.
+            types[0] = "hybrid"
+        return types
+
+    # transformers sizes caches by the next two.
     @property
     def layer_types(self) -> list[str]:
-        """Cache layer of each slot."""
-        return self.block_types * self.n_loops
+        """Cache layer of each slot, with the config's n_loops."""
+        return self.slot_types(self.n_loops)
 
     @property
     def num_hidden_layers(self) -> int:

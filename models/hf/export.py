@@ -24,7 +24,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from loopline.models.config import ModelConfig
 from loopline.models.hf.errors import CheckpointError, ExportError
 from loopline.models.hf.model_card import model_card
-from loopline.models.hf.names import MODEL_TYPE, from_hf_config, from_hf_weights, to_hf_config, to_hf_weights
+from loopline.models.hf.names import (
+    MODEL_TYPE,
+    from_hf_config,
+    from_hf_weights,
+    parameter_shapes,
+    to_hf_config,
+    to_hf_weights,
+)
 from loopline.models.looped_lm import LoopedLM
 
 log = logging.getLogger(__name__)
@@ -82,8 +89,10 @@ def export_hf(
         tokens: [B, T], int64, what to compare on; None means seeded random tokens.
         max_tokens: longest sequence seen in training, for the config; nothing enforces it.
     Raises:
-        ExportError: out_dir exists, the tokenizer does not fit, or the check fails. Nothing is left behind.
+        ExportError: out_dir exists, the model holds shards, the tokenizer does not fit, or the check fails. Nothing is
+            left behind.
     """
+    _refuse_shards(model)
     out_dir = Path(out_dir).absolute()
     if os.path.lexists(out_dir):
         raise ExportError(f"{out_dir} exists; choose an export folder that does not exist, or remove this one first")
@@ -193,6 +202,14 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, {name: weight.float() for name, weight in weights.items()}
 
 
+def _refuse_shards(model: LoopedLM) -> None:
+    whole = parameter_shapes(model.config)
+    held = {name: parameter.shape for name, parameter in model.named_parameters()}
+    wrong = [f"{name} {list(held.get(name, ()))}, whole {list(whole[name])}" for name in whole if held.get(name) != whole[name]]
+    if wrong:
+        raise ExportError(f"the model does not hold whole parameters ({wrong[0]}); gather them into one LoopedLM first")
+
+
 def _reference(model: LoopedLM, dtype: str) -> LoopedLM:
     """The training model on the CPU in fp32 arithmetic, with the weights an export in `dtype` stores."""
     gdn = model.config.gdn.model_copy(update={"backend": "reference"})
@@ -262,8 +279,11 @@ def _write_code_and_config(
         shutil.copyfile(Path(__file__).parent / name, folder / name)
     content = {
         "architectures": ["LooplineForCausalLM"],
+        # The config class is found through the modelling file: transformers 5.23 remembers the model class of a config
+        # class for the life of the process, and tells two config classes apart by the file they are found through. With
+        # the configuration file there, a folder with other modelling code would load the code of an earlier one.
         "auto_map": {
-            "AutoConfig": "configuration_loopline.LooplineConfig",
+            "AutoConfig": "modeling_loopline.LooplineConfig",
             "AutoModel": "modeling_loopline.LooplineModel",
             "AutoModelForCausalLM": "modeling_loopline.LooplineForCausalLM",
         },

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, LinearAttentionLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -443,13 +443,16 @@ class LooplineModel(LooplinePreTrainedModel):
         n_loops = self.config.n_loops if n_loops is None else n_loops
         if n_loops < 1:
             raise ValueError(f"n_loops is {n_loops}; it must be 1 or more")
-        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, C]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             self.fit_cache(past_key_values, n_loops)
         self.refuse_packed(attention_mask, position_ids, past_key_values, kwargs)
         masks, rotary = self.masks_and_rotary(h, attention_mask, position_ids, past_key_values)
+        if past_key_values is not None and "full_attention" not in self.block_types:
+            counter = h.new_zeros(h.shape[0], 1, h.shape[1], 1)  # see LooplineConfig.slot_types
+            past_key_values.update(counter, counter, 0)
 
         loop_states = []
         for loop_idx in range(n_loops):
@@ -490,9 +493,8 @@ class LooplineModel(LooplinePreTrainedModel):
         )
         if n_filled == 0:
             del cache.layers[depth:]
-            while len(cache.layers) < depth:
-                block_type = self.block_types[len(cache.layers) % len(self.layers)]
-                cache.layers.append(LinearAttentionLayer() if block_type == "linear_attention" else DynamicLayer())
+            for slot_type in self.config.slot_types(n_loops)[len(cache.layers) :]:
+                cache.layers.append(DYNAMIC_LAYER_TYPE_MAPPING[slot_type]())
             cache.layer_class_to_replicate = None
         elif n_filled != depth:
             raise ValueError(

@@ -56,6 +56,7 @@ class ZeroOptimizer:
             config=_engine_config(stage, config.grad_clip),
         )
         self.optimizer = self.engine.optimizer.optimizer
+        self._allocate_moments(step=0)
 
     def forward(self, compute: Callable[[LoopedLM], Tensor]) -> Tensor:
         """`compute(model)` through the engine, so that its hooks see the output."""
@@ -77,16 +78,20 @@ class ZeroOptimizer:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self.parameters[name]
-        parts = {"weight": safe_get_full_fp32_param(parameter)}
-        for key in MOMENTS:
-            has_state = bool(self.optimizer.state)
-            parts[key] = safe_get_full_optimizer_state(parameter, key) if has_state else None
-        if self.topology.dp_rank:
-            return None
-        return {key: torch.zeros_like(parts["weight"]) if value is None else value for key, value in parts.items()}
+        parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        parts["weight"] = safe_get_full_fp32_param(parameter)
+        return None if self.topology.dp_rank else parts
 
     def restore_moments(self, moments: dict[str, dict[str, Tensor]], step: int) -> None:
         """As ReplicatedOptimizer.restore_moments."""
+        self._allocate_moments(step)
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                self._set_state(parameter, moments[name][key], key)
+
+    def _allocate_moments(self, step: int) -> None:
+        # DeepSpeed 0.19.8 links moments to parameters after the first group's first update, when the second group has
+        # none yet, so that they could not be read back: allocate them all before.
         zero = self.engine.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flats:
@@ -96,9 +101,6 @@ class ZeroOptimizer:
             }
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.parameters.items():
-            for key in MOMENTS:
-                self._set_state(parameter, moments[name][key], key)
 
     def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
