@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from loopline.pretrain.step import Stepper
 
 FORMAT = "loopline-checkpoint-1"
 log = logging.getLogger(__name__)
+# A single process saves and loads without process groups on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,15 @@ def _load(checkpoint: Path, like: dict[str, Tensor], topology: Topology) -> dict
     reader = HuggingFaceStorageReader(str(checkpoint))
     dcp.load(state, storage_reader=reader, no_dist=topology.world_size == 1)
     return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+
+
+def read_full(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
+    """Every tensor of one kind ("weight", "exp_avg", "exp_avg_sq") by parameter name, whole, fp32, on the CPU."""
+    state = {
+        key: torch.empty(shape) for key, shape in stored_shapes(checkpoint).items() if key.startswith(f"{kind}/")
+    }
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return {key.removeprefix(f"{kind}/"): value for key, value in state.items()}
 
 
 def stored_shapes(checkpoint: Path) -> dict[str, list[int]]:

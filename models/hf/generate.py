@@ -41,7 +41,8 @@ def generate_text(
             raise CheckpointError(f"{folder} has no {name}; give an export with a tokenizer")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    model = model.to(torch.device(device))
     # An empty prompt starts from what ends a document, which is what stands before one in training.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     inputs = torch.tensor([ids], device=device)
@@ -52,4 +53,4 @@ def generate_text(
         output = model.generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **sampling, **loops
         )
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

@@ -39,8 +39,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 - Pad batches on the left. Rows that pack several documents are refused where Gated DeltaNet is used.
 - Gated DeltaNet uses flash-linear-attention's kernels on CUDA where that package is installed.
 
-Checked at export, in fp32, against the training model: logits (up to {max_logit:.1f}) within {max_diff:.1e} after each of
-1 to {n_checked} loops, and within {max_diff_cached:.1e} decoding from the cache. Weights are stored in {dtype}.
+Checked at export, in fp32, against the training model: logits (up to {max_logit:.1f}) within {max_diff:.1e} after
+each of 1 to {n_checked} loops, and within {max_diff_cached:.1e} decoding from the cache. Weights are stored in {dtype}.
 """
 
 

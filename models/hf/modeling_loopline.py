@@ -12,6 +12,7 @@ document ends, so give each document its own row.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: object
+    module: "LooplineAttention", q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scaling + mask) v, written out: q [B, H, T, D], k and v [B, G, S, D] -> [B, T, H, D], weights."""
     k = k.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -108,7 +109,7 @@ class LooplineAttention(nn.Module):
         x: Tensor,
         slot: int,
         mask: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: tuple[Tensor, Tensor],
         cache: Cache | None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
@@ -289,7 +290,7 @@ class LooplineGatedDeltaNet(nn.Module):
         is_decode = q.shape[1] == 1 and state is not None
         ops = fla_ops() if self.use_fla and q.is_cuda else None
         if ops is None:
-            op = recurrent_gated_delta if is_decode else chunked_gated_delta
+            op: Callable = recurrent_gated_delta if is_decode else chunked_gated_delta
             return op(q, k, v, g=g, beta=beta, scale=scale, state=state)
         # Keywords only: fla's forms order g and beta differently, and a swap gives NaN without an error.
         return ops[1 if is_decode else 0](
@@ -327,7 +328,7 @@ class LooplineBlock(GradientCheckpointingLayer):
         self,
         x: Tensor,
         slot: int,
-        masks: dict[str, Tensor | None],
+        masks: dict[str, Any],
         rotary: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None = None,
         **kwargs: object,
@@ -337,6 +338,7 @@ class LooplineBlock(GradientCheckpointingLayer):
         if self.is_linear:
             y = self.linear_attn(y, slot, masks["linear_attention"], past_key_values)
         else:
+            assert rotary is not None
             y, _ = self.self_attn(y, slot, masks["full_attention"], rotary, past_key_values, **kwargs)
         x = x + (self.input_layernorm_2(y) if self.is_sandwich else y)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -488,8 +490,8 @@ class LooplineModel(LooplinePreTrainedModel):
                 )
             return
         n_filled = sum(
-            layer.has_previous_state[0] if isinstance(layer, LinearAttentionLayer) else layer.get_seq_length() > 0
-            for layer in cache.layers
+            layer.has_previous_state[0] if isinstance(layer, LinearAttentionLayer) else cache.get_seq_length(slot) > 0
+            for slot, layer in enumerate(cache.layers)
         )
         if n_filled == 0:
             del cache.layers[depth:]
@@ -517,7 +519,7 @@ class LooplineModel(LooplinePreTrainedModel):
                 f"attention_mask has {attention_mask.dim()} dims; Gated DeltaNet obeys a 2D padding mask only"
             )
         is_packed = kwargs.get("cu_seq_lens_q") is not None
-        # Positions that do not rise by one mean documents laid end to end; with a mask or a cache they may mean padding.
+        # Positions that do not rise by one mean documents laid end to end; beside a mask or a cache, perhaps padding.
         if attention_mask is None and cache is None and position_ids is not None and position_ids.shape[-1] > 1:
             is_packed = is_packed or bool((position_ids.diff(dim=-1) != 1).any())
         if is_packed:
@@ -529,31 +531,34 @@ class LooplineModel(LooplinePreTrainedModel):
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[dict[str, Tensor | None], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
         """The mask of each kind of mixer, and rotary tables if any block uses positions. Every loop shares them."""
-        n_tokens = h.shape[1]
-        is_prepared = isinstance(attention_mask, dict)  # generate() does so for some caches
-        masks = attention_mask if is_prepared else {"full_attention": None, "linear_attention": None}
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            masks["linear_attention"] = attention_mask[:, -n_tokens:]
-        if masks.get("linear_attention") is not None:
-            masks = {**masks, "linear_attention": masks["linear_attention"].bool()}
-        if "full_attention" not in self.block_types:
-            return masks, None
-        if position_ids is None:
-            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_tokens:]
+        n_tokens, has_attention = h.shape[1], "full_attention" in self.block_types
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        if has_attention and position_ids is None:
+            if padding is not None:
+                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -n_tokens:]
             else:
                 n_past = cache.get_seq_length() if cache is not None else 0
                 position_ids = torch.arange(n_tokens, device=h.device)[None] + n_past
-        if not is_prepared:
-            masks["full_attention"] = create_causal_mask(
-                config=self.config,
-                inputs_embeds=h,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
+
+        masks: dict[str, Any]
+        if isinstance(attention_mask, dict):  # generate() prepares it so for some caches
+            masks = dict(attention_mask)
+        else:
+            masks = {"linear_attention": None if padding is None else padding[:, -n_tokens:]}
+            if has_attention:
+                masks["full_attention"] = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=h,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                )
+        if masks.get("linear_attention") is not None:
+            masks["linear_attention"] = masks["linear_attention"].bool()
+        if position_ids is None or not has_attention:
+            return masks, None
         return masks, rotary_tables(position_ids, head_dim(self.config), self.config.rope_theta)
 
 

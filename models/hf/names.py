@@ -70,7 +70,8 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
 
 
 def _hf_name(name: str, config: ModelConfig) -> str:
-    prefix, table = "", TOP_NAMES
+    prefix = ""
+    table: tuple[tuple[str, str], ...] = TOP_NAMES
     if name.startswith("blocks."):
         _, block_idx, name = name.split(".", 2)
         prefix = f"model.layers.{block_idx}."

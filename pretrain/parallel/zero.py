@@ -44,6 +44,7 @@ class ZeroOptimizer:
     ) -> None:
         import deepspeed
 
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even of a process nobody launched
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.topology, self.stage = model, topology, stage
         self.loss_scale = float(topology.dp)

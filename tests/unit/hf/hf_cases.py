@@ -18,9 +18,9 @@ from loopline.models.looped_lm import LoopedLM
 
 VOCAB_SIZE = 67
 FP32_TOLERANCE = 1e-5  # the same arithmetic in the same order: measured 0.0
-# Gated DeltaNet's output norm magnifies fp32 rounding up to a thousandfold, so another order of sums shows.
-FP32_REORDERED_TOLERANCE = 1e-3
-FP64_TOLERANCE = 1e-9  # nothing but a bug is left; measured 1e-12
+# Gated DeltaNet's output norm magnifies fp32 rounding up to a thousandfold; another order of sums shows: measured 5e-4.
+FP32_REORDERED_TOLERANCE = 1e-2
+FP64_TOLERANCE = 1e-9  # nothing but a bug is left: measured 1e-12
 
 
 def _config(**settings: object) -> ModelConfig:

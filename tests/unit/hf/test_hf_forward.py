@@ -26,7 +26,9 @@ def max_diff(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def feed(hf: LooplineForCausalLM, tokens: Tensor, lengths: list[int], n_loops: int, mask: Tensor | None = None) -> Tensor:
+def feed(
+    hf: LooplineForCausalLM, tokens: Tensor, lengths: list[int], n_loops: int, mask: Tensor | None = None
+) -> Tensor:
     """Logits after each loop, [R, B, T, V], with the tokens fed in pieces of the given lengths through a cache."""
     pieces, cache, start = [], None, 0
     for length in lengths:
@@ -108,6 +110,16 @@ def test_right_padding_leaves_earlier_tokens_alone(model: LoopedLM) -> None:
     assert max_diff(padded, whole(hf, tokens[:, :6], model.config.n_loops)[-1]) <= FP64_TOLERANCE
 
 
+def test_right_padding_neither_decays_nor_writes_the_state() -> None:
+    hf, tokens = hf_model_fp64(build("gdn-gate-2")), tokens_of(1, 9)
+    mask = (torch.arange(9) < 6).long()[None]
+    with torch.no_grad():
+        padded = hf(tokens, attention_mask=mask, use_cache=True).past_key_values
+        alone = hf(tokens[:, :6], use_cache=True).past_key_values
+    for a, b in zip(padded.layers, alone.layers):
+        assert max_diff(a.recurrent_states[0], b.recurrent_states[0]) <= FP64_TOLERANCE
+
+
 def test_padding_leaves_recurrent_and_convolution_states_at_zero() -> None:
     hf = hf_model(build("gdn-gate-2"))
     with torch.no_grad():
@@ -157,6 +169,15 @@ def test_cropping_full_attention_undoes_tokens() -> None:
         cache.crop(-3)
         logits = hf(tokens[:, 4:], past_key_values=cache).logits
     assert max_diff(logits, whole(hf, tokens, 2)[-1][:, 4:]) <= FP64_TOLERANCE
+
+
+def test_assisted_decoding_works_without_recurrent_states_and_is_refused_with_them() -> None:
+    hf, prompt = hf_model_fp64(build("full-gate-2-gqa")), tokens_of(1, 6)
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    assisted = hf.generate(prompt, prompt_lookup_num_tokens=3, **settings)
+    assert torch.equal(assisted, hf.generate(prompt, **settings))
+    with pytest.raises(ValueError, match="stateful"):
+        hf_model(build(HYBRID)).generate(prompt, prompt_lookup_num_tokens=3, **settings)
 
 
 def test_cropping_a_recurrent_state_is_refused() -> None:
