@@ -87,6 +87,7 @@ class TokenizerFile:
     def copy_to(self, folder: str | Path) -> "TokenizerFile":
         """Copies the tokenizer (byte for byte) and its Hugging Face files into `folder`; returns the copy."""
         target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, target / TOKENIZER_FILE)
         for name in CONFIG_FILES:
             if (self.path.parent / name).is_file():

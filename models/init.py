@@ -37,7 +37,7 @@ def initial_value(name: str, shape: list[int], seed: int) -> Tensor:
     leaf = name.rsplit(".", 2)[-2:]
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    if leaf[-1] == "rho" or leaf == ["gate_proj", "weight"] and ".mixer." in name:
+    if leaf[-1] == "rho" or (leaf == ["gate_proj", "weight"] and ".mixer." in name):
         return torch.zeros(shape)
     if leaf[-1] == "A_log":
         return torch.empty(shape).uniform_(1e-4, 16.0, generator=generator).log()

@@ -84,19 +84,39 @@ def save(folder: Path, state: RunState, stepper: Stepper, keep: int) -> Path:
     dcp.save(_collect(stepper), storage_writer=writer, no_dist=topology.world_size == 1)
     topology.barrier()
     if topology.is_main:
-        _write_json(aside / "state.json", {"format": FORMAT, **state.__dict__})
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(aside.iterdir())}
-        _write_json(aside / "manifest.json", {"format": FORMAT, "files": files})
-        for file in aside.iterdir():
-            _fsync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-        _fsync(folder)
+        _seal(aside, final, state)
         _write_json(folder / "latest", final.name)
         for old in _complete(folder)[keep:]:
             shutil.rmtree(old)
     topology.barrier()
     return final
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor], state: RunState) -> Path:
+    """Write full weights by canonical name, from one process, as a checkpoint a run can start from."""
+    final = folder / f"step_{state.step:08d}"
+    if final.exists():
+        raise CheckpointError(f"{final} exists: choose another folder, or remove it first")
+    aside = folder / f".writing_{final.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    dcp.save({f"weight/{n}": w.contiguous() for n, w in weights.items()}, storage_writer=writer, no_dist=True)
+    _seal(aside, final, state)
+    _write_json(folder / "latest", final.name)
+    return final
+
+
+def _seal(aside: Path, final: Path, state: RunState) -> None:
+    """Write the JSON beside the tensors, flush everything, and give the folder its name."""
+    _write_json(aside / "state.json", {"format": FORMAT, **state.__dict__})
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(aside.iterdir())}
+    _write_json(aside / "manifest.json", {"format": FORMAT, "files": files})
+    for file in aside.iterdir():
+        _fsync(file)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    _fsync(final.parent)
 
 
 def _collect(stepper: Stepper) -> dict[str, Tensor]:
@@ -267,9 +287,7 @@ def _load(checkpoint: Path, like: dict[str, Tensor], topology: Topology) -> dict
 
 def read_full(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
     """Every tensor of one kind ("weight", "exp_avg", "exp_avg_sq") by parameter name, whole, fp32, on the CPU."""
-    state = {
-        key: torch.empty(shape) for key, shape in stored_shapes(checkpoint).items() if key.startswith(f"{kind}/")
-    }
+    state = {key: torch.empty(shape) for key, shape in stored_shapes(checkpoint).items() if key.startswith(f"{kind}/")}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     return {key.removeprefix(f"{kind}/"): value for key, value in state.items()}
 

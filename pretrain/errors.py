@@ -1,9 +1,9 @@
 """The errors users see. Each message names what was found, what was expected and what to change."""
 
+from loopline.models.hf.errors import CheckpointError, ExportError
+
+__all__ = ["CheckpointError", "ConfigError", "ExportError"]
+
 
 class ConfigError(ValueError):
     """A recipe, an override, or a combination of them that cannot run."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, foreign, or belongs to another model."""

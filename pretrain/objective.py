@@ -57,11 +57,11 @@ def micro_batch_loss(model: LoopedLM, batch: MicroBatch, loss: LossFn) -> Tensor
     return loss(model, h, batch.labels)
 
 
-def measure_depths(model: LoopedLM, batch: MicroBatch, loss: LossFn) -> Tensor:
-    """`DepthMeter` row of a micro-batch, every loop read out."""
+def measure_depths(model: LoopedLM, batch: MicroBatch, loss: LossFn, n_loops: int | None = None) -> Tensor:
+    """`DepthMeter` row of a micro-batch, every one of `n_loops` (None: the config's) loops read out."""
     meter = DepthMeter(model, loss)
     h = model.embed_tokens(batch.tokens)
-    for loop_idx in range(model.config.n_loops):
+    for loop_idx in range(model.config.n_loops if n_loops is None else n_loops):
         h = model.finish_loop(model.run_blocks(h, loop_idx, batch.packing), h, loop_idx)
         meter.add(h, batch.labels)
     return meter.row()

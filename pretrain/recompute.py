@@ -4,8 +4,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loopline.models.block import Block
-from loopline.models.looped_lm import RunStep, run_step
 from loopline.models.loop_plan import Step
+from loopline.models.looped_lm import RunStep, run_step
 from loopline.models.packing import Packing
 
 

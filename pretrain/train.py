@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments `loopline train` and this module share."""
     parser.add_argument("recipe", help="a shipped recipe, or a .toml file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change a field")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the stage map; run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the stage map; run nothing"
+    )
     parser.add_argument("--world-size", type=int, default=None, help="with --dry-run: processes to plan for")
 
 
@@ -67,6 +69,7 @@ def train(config: RunConfig) -> None:
     """
     import torch
 
+    from loopline.data_pipeline.tokenizer import TokenizerFile
     from loopline.kernels.errors import BackendError
     from loopline.pretrain import build, checkpoint, corpus
     from loopline.pretrain.loop import Loop
@@ -99,6 +102,7 @@ def train(config: RunConfig) -> None:
         start = _verified(found, topology)
         if topology.is_main:
             _write_run_files(run_dir, config, world_size)
+            TokenizerFile(manifest.folder).copy_to(run_dir / "tokenizer")
             log.info("backends: %s", backends or "torch")
             log.info("layout: tp %d pp %d dp %d on %s", topology.tp, topology.pp, topology.dp, device)
         fill = None if start is None else (lambda model: checkpoint.load_weights(start.path, model, topology))

@@ -1,11 +1,13 @@
 """Text from an export, through transformers alone: what `loopline generate` runs."""
 
+import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from loopline.models.hf.errors import CheckpointError
+from loopline.models.hf.modeling_loopline import LooplineForCausalLM
 
 
 def generate_text(
@@ -18,7 +20,8 @@ def generate_text(
     seed: int = 0,
     device: str | None = None,
 ) -> str:
-    """Continue `prompt` with the model in `folder`. Runs the modelling code in that folder: give one you trust.
+    """Continue `prompt` with the model in `folder`. The installed modelling code runs, never the
+    copy in the folder.
 
     Args:
         max_new_tokens: the text ends here if the model does not end it.
@@ -39,9 +42,12 @@ def generate_text(
     for name in ("config.json", "tokenizer.json"):  # transformers would look for a missing one on the Hub
         if not (Path(folder) / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; give an export with a tokenizer")
+    model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != LooplineForCausalLM.config_class.model_type:
+        raise CheckpointError(f"{folder} holds a model of type {model_type!r}; give a folder from `loopline export hf`")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = LooplineForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model = model.to(torch.device(device))
     # An empty prompt starts from what ends a document, which is what stands before one in training.
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]

@@ -71,4 +71,3 @@ class ReplicatedOptimizer:
                 "step": torch.tensor(float(step)),
                 **{key: value.to(parameter.device) for key, value in moments[name].items()},
             }
-

@@ -1,7 +1,5 @@
 """One seed, one curve: losses, gradient norms and parameters of every layout equal the single process's."""
 
-from pathlib import Path
-
 import pytest
 import torch
 

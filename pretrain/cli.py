@@ -1,0 +1,172 @@
+"""The `loopline` command. Heavy imports happen inside the command that needs them."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from loopline.data_pipeline.errors import DataError
+from loopline.pretrain import train as train_module
+from loopline.pretrain.errors import CheckpointError, ConfigError, ExportError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one message and exit status 2."""
+    parser = argparse.ArgumentParser(prog="loopline", description="Pretrain, continue, evaluate and export looped LMs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_data(commands)
+    train = commands.add_parser("train", help="train a recipe, or continue its run")
+    train_module.add_arguments(train)
+    train.set_defaults(run=train_module.run_command)
+    plan = commands.add_parser("plan", help="print the resolved config and the stage map; loads no torch")
+    train_module.add_arguments(plan)
+    plan.set_defaults(run=_plan)
+    _add_eval(commands)
+    _add_export(commands)
+    _add_import(commands)
+    _add_generate(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ConfigError, DataError, CheckpointError, ExportError) as error:
+        return train_module.report(error)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    args.dry_run = True
+    return train_module.run_command(args)
+
+
+def _add_data(commands) -> None:  # type: ignore[no-untyped-def]
+    data = commands.add_parser("data", help="build corpora").add_subparsers(dest="data_command", required=True)
+    build = data.add_parser("build", help="text -> token shards, manifest and held-out split")
+    build.add_argument("source", help="'stdlib', a .txt or .jsonl file, or a folder of text or source files")
+    build.add_argument("out", type=Path, help="new folder for the corpus")
+    tokenizer = build.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--vocab-size", type=int, help="train a byte-level BPE with this many entries")
+    tokenizer.add_argument("--tokenizer", type=Path, help="use this tokenizer.json, or the folder that holds it")
+    build.add_argument("--suffixes", default=None, help="file endings to read from a folder: .py,.md")
+    build.add_argument("--text-field", default="text", help="field of a jsonl record that holds the text")
+    build.add_argument("--heldout-fraction", type=float, default=0.05)
+    build.add_argument("--record-tokens", type=int, default=65_536, help="target tokens in one record of a shard")
+    build.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
+    build.set_defaults(run=_build)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.build import build
+    from loopline.data_pipeline.sources import open_source
+    from loopline.data_pipeline.tokenizer import TokenizerFile
+
+    suffixes = tuple(args.suffixes.split(",")) if args.suffixes else None
+    manifest = build(
+        open_source(args.source, suffixes=suffixes, field=args.text_field),
+        args.out,
+        tokenizer=TokenizerFile(args.tokenizer) if args.tokenizer else None,
+        vocab_size=args.vocab_size,
+        heldout_fraction=args.heldout_fraction,
+        record_tokens=args.record_tokens,
+        seed=args.seed,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split.shards)} shards")
+    print(f"manifest: {manifest.path}")
+    return 0
+
+
+def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = commands.add_parser("eval", help="held-out loss at every depth")
+    parser.add_argument("source", help="a run folder or one of its checkpoints")
+    parser.add_argument("--manifest", default=None, help="another corpus than the run's")
+    parser.add_argument("--cache-dir", default=None, help="where bundled corpora are")
+    parser.add_argument("--max-loops", type=int, default=None, help="deepest loop count measured; default: the trained")
+    parser.add_argument("--max-batches", type=int, default=None, help="measure only so many batches")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from loopline.pretrain.evaluate import evaluate
+    from loopline.pretrain.parallel.topology import pick_device
+    from loopline.pretrain.source import corpus_of, load_model, open_source
+
+    max_loops = args.max_loops
+    if max_loops is not None and max_loops < 1:
+        raise ConfigError(f"--max-loops is {max_loops}: give at least 1")
+    source = open_source(args.source)
+    figures = evaluate(
+        load_model(source, pick_device(args.device, 0)),
+        corpus_of(source, args.manifest, args.cache_dir),
+        seq_len=source.config.train.seq_len,
+        max_loops=max_loops or source.config.model.n_loops,
+        max_batches=args.max_batches,
+    )
+    print(json.dumps({"checkpoint": str(source.path), "step": source.step, **figures.__dict__}, indent=1))
+    return 0
+
+
+def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
+    export = commands.add_parser("export", help="write a model for other libraries")
+    hf = export.add_subparsers(dest="format", required=True).add_parser("hf", help="Hugging Face folder")
+    hf.add_argument("source", help="a run folder or one of its checkpoints")
+    hf.add_argument("out", type=Path, help="new folder")
+    hf.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    hf.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
+    hf.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from loopline.pretrain.huggingface import export_run
+    from loopline.pretrain.source import open_source
+
+    source = open_source(args.source)
+    report = export_run(source, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_bytes)
+    print(json.dumps({"export": str(args.out), "checkpoint": str(source.path), **report.__dict__}, indent=1))
+    return 0
+
+
+def _add_import(commands) -> None:  # type: ignore[no-untyped-def]
+    importer = commands.add_parser("import", help="bring a model in as a checkpoint")
+    hf = importer.add_subparsers(dest="format", required=True).add_parser("hf", help="an exported Hugging Face folder")
+    hf.add_argument("source", type=Path, help="the exported folder; nothing in it is executed")
+    hf.add_argument("out", type=Path, help="new run folder; use it in eval, export, or checkpoint.init_from")
+    hf.set_defaults(run=_import)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from loopline.pretrain.huggingface import import_export
+
+    print(f"imported into {import_export(args.source, args.out)}")
+    return 0
+
+
+def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
+    parser = commands.add_parser("generate", help="continue a prompt with an exported model")
+    parser.add_argument("export", type=Path, help="a folder written by `loopline export hf`")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--n-loops", type=int, default=None, help="loops to run; default: the trained")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from loopline.models.hf.generate import generate_text
+
+    text = generate_text(
+        args.export,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        n_loops=args.n_loops,
+        seed=args.seed,
+    )
+    print(args.prompt + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
