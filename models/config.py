@@ -1,6 +1,6 @@
 """What a model is, as strict frozen data. Torch-free: a login node reads it.
 
-A mixer's settings stand here beside the others; its maths stands in mixers/. Sizes derived from settings are properties.
+A mixer's settings stand here beside the others; its maths stands in mixers/. Derived sizes are properties.
 """
 
 from typing import Literal

@@ -32,7 +32,7 @@ def model_parameters(config: ModelConfig) -> int:
 
 
 def mixer_flops(config: ModelConfig, name: str, mean_context: float) -> float:
-    """Forward FLOPs per token of one mixer's matrix products. `mean_context` is the mean number of keys a query sees."""
+    """Forward FLOPs per token of one mixer. `mean_context` is the mean number of keys a query sees."""
     d = config.d_model
     if name == "full":
         matrices = mixer_parameters(config, name)

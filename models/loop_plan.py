@@ -1,5 +1,6 @@
 """The order in which blocks run. Forward, pipeline cut, recompute, FLOPs and cache slots all read it; torch-free."""
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -47,4 +48,4 @@ class LoopPlan:
             raise ValueError(f"{self.n_blocks} blocks cannot fill {n_stages} stages")
         base, extra = divmod(self.n_blocks, n_stages)
         starts = [s * base + min(s, extra) for s in range(n_stages + 1)]
-        return [range(a, b) for a, b in zip(starts[:-1], starts[1:])]
+        return [range(a, b) for a, b in itertools.pairwise(starts)]

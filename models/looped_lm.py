@@ -5,6 +5,7 @@ read_out.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class LoopedLM(nn.Module):
             if tokens.shape[0] != 1:
                 raise ValueError(f"tokens have {tokens.shape[0]} rows; with cu_seqlens pass one packed row")
             return Packing.of(cu_seqlens, tokens.device), tokens
-        return Packing.of_batch(*tokens.shape, tokens.device), tokens.reshape(1, -1)
+        return Packing.of_batch(tokens.shape[0], tokens.shape[1], tokens.device), tokens.reshape(1, -1)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """[1, T] -> [1, T, C] in the compute dtype."""
@@ -111,7 +112,7 @@ class LoopedLM(nn.Module):
     def run_blocks(self, h: Tensor, loop_idx: int, packing: Packing) -> Tensor:
         """Apply the blocks held here, in order: [1, T, C] -> [1, T, C]."""
         for name, block in self.blocks.items():
-            h = self.run_step(block, Step(int(name), loop_idx), h, packing)
+            h = self.run_step(cast(Block, block), Step(int(name), loop_idx), h, packing)
         return h
 
     def finish_loop(self, h: Tensor, h_in: Tensor, loop_idx: int) -> Tensor:

@@ -43,7 +43,7 @@ def build_model(config: RunConfig, topology: Topology, fill: Callable[[LoopedLM]
 
         mark_shards(model, topology)
     if config.model.tie_embeddings and topology.pp > 1 and topology.is_last_stage:
-        model.head.weight.ds_pipe_replicated = True  # counted in the gradient norm on the first stage
+        model.head.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]  # counted in the gradient norm on the first stage
     if fill is None:
         init_weights(model, config.run.seed)
     else:

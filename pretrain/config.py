@@ -183,7 +183,8 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
         )
     if p.pp > config.model.n_blocks:
         problems.append(
-            f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; lower pp"
+            f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; "
+            "lower pp"
         )
     if t.stop_at_step is not None and t.stop_at_step > t.steps:
         problems.append(f"train.stop_at_step = {t.stop_at_step} is past train.steps = {t.steps}")

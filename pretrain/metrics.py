@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl (every step), TensorBoard, and the console. Only the main rank has a MetricsWriter."""
+"""Where numbers go: metrics.jsonl (every step), TensorBoard, and the console. The main rank alone writes."""
 
 import json
 import math

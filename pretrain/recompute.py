@@ -10,7 +10,7 @@ from loopline.models.packing import Packing
 
 
 def recomputing(loops: frozenset[int] | None) -> RunStep:
-    """A `run_step` that keeps only the input of blocks in `loops` (None: all loops) and rebuilds the rest in backward."""
+    """A `run_step` that keeps only the inputs of blocks in `loops` (None: all) and rebuilds the rest in backward."""
 
     def run(block: Block, step: Step, x: Tensor, packing: Packing) -> Tensor:
         if x.requires_grad and (loops is None or step.loop_idx in loops):

@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments `loopline train` and this module share."""
     parser.add_argument("recipe", help="a shipped recipe, or a .toml file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change a field")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and the stage map; run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the config and the stage map; run nothing")
     parser.add_argument("--world-size", type=int, default=None, help="with --dry-run: processes to plan for")
 
 
@@ -250,7 +248,7 @@ def _write_run_files(run_dir: Path, config: RunConfig, world_size: int) -> None:
     """The resolved config and what it runs on, before step 1."""
     (run_dir / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     packages = ("torch", "megatron-core", "deepspeed", "transformers", "webdataset", "flash-linear-attention", "triton")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = metadata.version(name)

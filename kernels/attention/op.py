@@ -1,5 +1,7 @@
 """Causal softmax attention over packed documents, on torch's scaled_dot_product_attention."""
 
+import itertools
+
 from torch import Tensor, cat
 from torch.nn import functional as F
 
@@ -18,7 +20,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> 
         [1, T, H, D].
     Reference: Vaswani et al., arXiv:1706.03762; GQA: Ainslie et al., arXiv:2305.13245.
     """
-    lengths = [end - start for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
     is_grouped = q.shape[2] != k.shape[2]
     if len(set(lengths)) == 1:  # equal documents are a plain batch
         q, k, v = (x.unflatten(1, (-1, lengths[0])).squeeze(0).transpose(1, 2) for x in (q, k, v))  # [N, H, T/N, D]

@@ -1,6 +1,7 @@
 """Gated delta rule, public op: one signature over the torch reference and fla's Triton kernels."""
 
 import importlib.util
+import itertools
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
         raise ValueError(f"g {tuple(g.shape)} and beta {tuple(beta.shape)} must be [1, T, H] = {tuple(q.shape[:3])}")
     if q.shape[0] != 1:
         raise ValueError(f"batch is {q.shape[0]}; pack sequences into one row and give their cu_seqlens")
-    rising = all(a < b for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:]))
+    rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or not rising:
         raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {q.shape[1]}")
 

@@ -4,6 +4,8 @@
 CPU runs train with. Both compute in fp32. Fast kernels live elsewhere and are held to these.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ def recurrent(
     dtype = v.dtype
     q, k, v, g, beta = (x[0].float() for x in (q, k, v, g, beta))
     outputs, states = [], []
-    for doc, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:])):
+    for doc, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if initial_state is None:
             state = q.new_zeros(k.shape[1], k.shape[2], v.shape[2])  # [H, K, V]
         else:
@@ -72,7 +74,7 @@ def chunked(
     """
     dtype = v.dtype
     n_heads, d_k, d_v = k.shape[2], k.shape[3], v.shape[3]
-    longest = max(e - s for s, e in zip(cu_seqlens[:-1], cu_seqlens[1:]))
+    longest = max(e - s for s, e in itertools.pairwise(cu_seqlens))
     size = min(chunk_size, longest)
     gather, chunk_rows = _chunk_layout(cu_seqlens, size, q.device)
 
@@ -129,8 +131,10 @@ def chunked(
 
 def _chunk_layout(cu_seqlens: list[int], size: int, device: torch.device) -> tuple[Tensor, list[list[int]]]:
     """Tokens of each chunk, [NT, C] with T for padding, and the chunk numbers of each document."""
-    total, rows, chunk_rows = cu_seqlens[-1], [], []
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:]):
+    total = cu_seqlens[-1]
+    rows: list[list[int]] = []
+    chunk_rows: list[list[int]] = []
+    for start, end in itertools.pairwise(cu_seqlens):
         chunk_rows.append([])
         for first in range(start, end, size):
             chunk_rows[-1].append(len(rows))

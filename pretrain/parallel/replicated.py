@@ -49,7 +49,7 @@ class ReplicatedOptimizer:
         if torch.isfinite(torch.tensor(norm)):
             factor = clip_factor(norm, self.grad_clip)
             if factor < 1:
-                torch._foreach_mul_([p.grad for p in self.parameters.values()], factor)
+                torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

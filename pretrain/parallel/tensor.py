@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from loopline.models.block import Block
 from loopline.models.layers import Embedding, Linear, RMSNorm
 from loopline.models.looped_lm import LoopedLM, LoopGate
 from loopline.pretrain.parallel import megatron as mg
@@ -95,6 +96,7 @@ def apply_tensor_parallel(model: LoopedLM, topology: Topology, *, sequence_paral
         module.register_forward_pre_hook(enter)
 
     for name, block in model.blocks.items():
+        assert isinstance(block, Block)
         cut(block.mixer, MIXER_PLANS[model.config.mixer_names[int(name)]])
         cut(block.ffn, FFN_PLAN)
     if isinstance(model.embed, Embedding):
@@ -148,7 +150,7 @@ def vocab_parallel_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _entry(topology: Topology, sequence_parallel: bool) -> Callable[[nn.Module, tuple], tuple]:
-    """Pre-forward hook of a region: identity (backward: all-reduce), or gather over tokens (backward: reduce-scatter)."""
+    """Pre-forward hook of a region: identity (backward sums), or gather over tokens (backward reduce-scatters)."""
 
     def enter(module: nn.Module, args: tuple) -> tuple:
         x = args[0]
