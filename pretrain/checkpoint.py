@@ -46,7 +46,8 @@ class RunState:
     """Everything but tensors.
 
     Attributes:
-        step: optimizer steps done.
+        step: training steps done.
+        updates: those that changed the weights; a step that is not finite is skipped.
         tokens: valid tokens trained on.
         lanes: position of every lane of the stream.
         data: sha256 of the corpus the lanes point into.
@@ -54,6 +55,7 @@ class RunState:
     """
 
     step: int
+    updates: int
     tokens: int
     lanes: dict[str, Any]
     data: str
@@ -253,8 +255,8 @@ def load_weights(checkpoint: Path, model: LoopedLM, topology: Topology) -> None:
             parameter.copy_(values[f"weight/{model.stored_name(name)}"])
 
 
-def load_moments(checkpoint: Path, stepper: Stepper, step: int) -> None:
-    """Put Adam's moments back, whatever layout saved them."""
+def load_moments(checkpoint: Path, stepper: Stepper, updates: int) -> None:
+    """Put Adam's moments back, after `updates` updates, whatever layout saved them."""
     # Under ZeRO 3 parameters are emptied after wrapping, so shapes come from what was recorded before.
     model, shapes = stepper.model, stepper.parameter_shapes
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in stepper.optimizer.parameters}
@@ -263,7 +265,7 @@ def load_moments(checkpoint: Path, stepper: Stepper, step: int) -> None:
         values = _load(checkpoint, wanted, stepper.topology)
         for name in moments:
             moments[name][key] = values[f"{key}/{model.stored_name(name)}"]
-    stepper.optimizer.restore_moments(moments, step)
+    stepper.optimizer.restore_moments(moments, updates)
 
 
 def _load(checkpoint: Path, like: dict[str, Tensor], topology: Topology) -> dict[str, Tensor]:

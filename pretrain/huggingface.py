@@ -46,7 +46,7 @@ def import_export(exported: Path, out: Path) -> Path:
         raise CheckpointError(f"{out} exists: choose a new folder, or remove it first")
     model, weights = import_hf(exported)
     config = RunConfig(model=model)
-    state = checkpoint.RunState(step=0, tokens=0, lanes={}, data="", config=config.model_dump(mode="json"))
+    state = checkpoint.RunState(step=0, updates=0, tokens=0, lanes={}, data="", config=config.model_dump(mode="json"))
     path = checkpoint.save_weights(out / "checkpoints", weights, state)
     if (exported / "tokenizer.json").exists():
         TokenizerFile(exported).copy_to(out / TOKENIZER_FOLDER)

@@ -32,7 +32,7 @@ class Loop:
     """A run in progress.
 
     Attributes:
-        step, tokens: done so far, earlier processes included.
+        step, updates, tokens: done so far, earlier processes included; a skipped step is no update.
         writer: metrics; None on all ranks but the main one.
     """
 
@@ -44,6 +44,7 @@ class Loop:
     writer: MetricsWriter | None
     data_id: str
     step: int
+    updates: int
     tokens: int
     saved_step: int | None = None
     skipped_in_a_row: int = 0
@@ -60,6 +61,7 @@ class Loop:
             lr = learning_rate(self.step, train.steps, self.config.optimizer)
             result = self.stepper.train(next(self.stream), lr, signals.received)
             self.step += 1
+            self.updates += result.is_finite
             self.tokens += result.n_valid
             self.check_finite(result)
             record = self.record(result, lr, time.monotonic() - started)
@@ -134,6 +136,7 @@ class Loop:
         """Checkpoint this step."""
         state = RunState(
             step=self.step,
+            updates=self.updates,
             tokens=self.tokens,
             lanes=self.gather_lanes({str(k): v for k, v in self.stream.state_dict().items()}),
             data=self.data_id,

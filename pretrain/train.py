@@ -108,7 +108,7 @@ def train(config: RunConfig) -> None:
         stepper = build.build_stepper(config, topology, model)
         state = start.state if start is not None and start.is_resume else None
         if start is not None and state is not None:
-            checkpoint.load_moments(start.path, stepper, state.step)
+            checkpoint.load_moments(start.path, stepper, state.updates)
             log.info("continuing from %s at step %d", start.path, state.step)
         stream = open_stream(config, manifest, topology.dp_rank, topology.dp, state.lanes if state else None)
         writer = None
@@ -130,6 +130,7 @@ def train(config: RunConfig) -> None:
             writer=writer,
             data_id=data_id,
             step=state.step if state else 0,
+            updates=state.updates if state else 0,
             tokens=state.tokens if state else 0,
             saved_step=state.step if state else None,
             gather_lanes=lambda lanes: _merge_over_ranks(lanes, topology),

@@ -21,6 +21,9 @@ TOLERANCES: dict[tuple[str, str], float] = {
     ("bf16", "grad_norm"): 5e-2,
     # Two forms of the same fp32 op (chunks against recurrence), RMS.
     ("fp32", "op"): 5e-6,
+    # The same where some tokens decay by exp(-50) or more: inside a chunk the chunked form subtracts running sums of g,
+    # and at sums near 1000 one fp32 rounding of a sum moves its exponential by 6e-5. Measured 2e-5.
+    ("fp32", "op_strong_decay"): 5e-5,
     # The same, through a whole looped model.
     ("fp32", "logits"): 5e-5,
 }

@@ -66,6 +66,7 @@ def gated_delta(
     Reference: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
     _check_shapes(q, k, v, g, beta, cu_seqlens)
+    _check_state(q, v, cu_seqlens, initial_state)
     if backend == "reference":
         return reference.chunked(
             q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state
@@ -83,8 +84,15 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
     if q.shape[0] != 1:
         raise ValueError(f"batch is {q.shape[0]}; pack sequences into one row and give their cu_seqlens")
     rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or not rising:
+    if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or not rising:
         raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {q.shape[1]}")
+
+
+def _check_state(q: Tensor, v: Tensor, cu_seqlens: list[int], initial_state: Tensor | None) -> None:
+    want = (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3])
+    # Checked, because too many rows or a size of 1 would broadcast or be cut without an error.
+    if initial_state is not None and initial_state.shape != want:
+        raise ValueError(f"initial_state {tuple(initial_state.shape)} must be [N, H, K, V] = {want}")
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]

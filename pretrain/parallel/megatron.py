@@ -1,7 +1,7 @@
 """The only import of megatron.core, and what it needs to run on a CPU.
 
-megatron-core 0.16.1 is the last release for Python 3.11. Its schedules and mappings allocate on "cuda" by name: where no
-CUDA device exists, `run_without_cuda` makes those allocations land on the CPU. Nothing is patched where there is one.
+megatron-core 0.16.1 is the last release for Python 3.11. Its schedules and mappings allocate on "cuda" by name; where
+no CUDA device exists, `run_without_cuda` makes those allocations land on the CPU. Nothing else is patched.
 """
 
 import contextlib

@@ -65,7 +65,7 @@ class ReplicatedOptimizer:
         return {"weight": parameter.detach(), **moments}
 
     def restore_moments(self, moments: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Put Adam's moments back: {parameter: {exp_avg, exp_avg_sq}} after `step` optimizer steps."""
+        """Put Adam's moments back: {parameter: {exp_avg, exp_avg_sq}} after `step` updates."""
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)),

@@ -57,7 +57,7 @@ class ZeroOptimizer:
             config=_engine_config(stage, config.grad_clip),
         )
         self.optimizer = self.engine.optimizer.optimizer
-        self._allocate_moments(step=0)
+        self._allocate_moments()
 
     def forward(self, compute: Callable[[LoopedLM], Tensor]) -> Tensor:
         """`compute(model)` through the engine, so that its hooks see the output."""
@@ -85,19 +85,20 @@ class ZeroOptimizer:
 
     def restore_moments(self, moments: dict[str, dict[str, Tensor]], step: int) -> None:
         """As ReplicatedOptimizer.restore_moments."""
-        self._allocate_moments(step)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(step))
         for name, parameter in self.parameters.items():
             for key in MOMENTS:
                 self._set_state(parameter, moments[name][key], key)
 
-    def _allocate_moments(self, step: int) -> None:
+    def _allocate_moments(self) -> None:
         # DeepSpeed 0.19.8 links moments to parameters after the first group's first update, when the second group has
         # none yet, so that they could not be read back: allocate them all before.
         zero = self.engine.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flats:
             self.optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(0.0),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
         if self.stage < 3:
