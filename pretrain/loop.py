@@ -15,16 +15,13 @@ from loopline.data_pipeline.stream import GlobalBatchStream, heldout_batches
 from loopline.models.flops import train_flops
 from loopline.pretrain.checkpoint import RunState, save
 from loopline.pretrain.config import RunConfig
+from loopline.pretrain.errors import NonFiniteError
 from loopline.pretrain.metrics import MetricsWriter, finite_or_none, memory_bytes, peak_flops
 from loopline.pretrain.optimizer import learning_rate
 from loopline.pretrain.parallel.topology import Topology
 from loopline.pretrain.step import Stepper, StepResult
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not a number."""
 
 
 @dataclass
@@ -52,26 +49,10 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end, or until asked to stop; leave a checkpoint of the last step."""
-        train = self.config.train
-        last = train.stop_at_step or train.steps
         signals = StopSignals()
-        while self.step < last:
-            faulthandler.dump_traceback_later(train.hang_timeout_s, exit=True)
-            started = time.monotonic()
-            lr = learning_rate(self.step, train.steps, self.config.optimizer)
-            result = self.stepper.train(next(self.stream), lr, signals.received)
-            self.step += 1
-            self.updates += result.is_finite
-            self.tokens += result.n_valid
-            self.check_finite(result)
-            record = self.record(result, lr, time.monotonic() - started)
-            if self.is_due(self.config.eval.every, last):
-                record |= self.evaluate()
-            if self.writer:
-                self.writer.write(record)
-            if self.is_due(self.config.checkpoint.every, last) and self.skipped_in_a_row == 0:
-                self.save()
-            if result.stop:
+        while self.step < self.last_step:
+            faulthandler.dump_traceback_later(self.config.train.hang_timeout_s, exit=True)
+            if self.advance(signals.received):
                 log.info("asked to stop: saving at step %d", self.step)
                 break
         if self.saved_step != self.step and self.skipped_in_a_row == 0:
@@ -79,9 +60,32 @@ class Loop:
         faulthandler.cancel_dump_traceback_later()
         signals.restore()
 
-    def is_due(self, every: int, last: int) -> bool:
+    def advance(self, wants_stop: bool = False) -> bool:
+        """One step and what follows it: step, health, log, evaluate, save. Returns whether any rank asked to stop."""
+        started = time.monotonic()
+        lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+        result = self.stepper.train(next(self.stream), lr, wants_stop)
+        self.step += 1
+        self.updates += result.is_finite
+        self.tokens += result.n_valid
+        self.check_finite(result)
+        record = self.record(result, lr, time.monotonic() - started)
+        if self.is_due(self.config.eval.every):
+            record |= self.evaluate()
+        if self.writer:
+            self.writer.write(record)
+        if self.is_due(self.config.checkpoint.every) and self.skipped_in_a_row == 0:
+            self.save()
+        return result.stop
+
+    @property
+    def last_step(self) -> int:
+        """Where this process stops."""
+        return self.config.train.stop_at_step or self.config.train.steps
+
+    def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; the last step counts unless it is off."""
-        return every > 0 and (self.step % every == 0 or self.step == last)
+        return every > 0 and (self.step % every == 0 or self.step == self.last_step)
 
     def check_finite(self, result: StepResult) -> None:
         """The policy for a non-finite step: nothing is updated; too many in a row end the run. All ranks see the same

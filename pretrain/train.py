@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loopline.data_pipeline.errors import DataError
 from loopline.pretrain.config import RunConfig, load_config
-from loopline.pretrain.errors import CheckpointError, ConfigError
+from loopline.pretrain.errors import CheckpointError, ConfigError, NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ def run_command(args: argparse.Namespace) -> int:
         train(config)
     except (ConfigError, DataError, CheckpointError) as error:
         return report(error)
+    except NonFiniteError as error:
+        report(error)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What users get wrong: one message with field, value, rule and fix, exit status 2, before any group, nothing written."""
+"""What users get wrong: one message with field, value, rule and fix, status 2, and nothing written."""
 
 import json
 import os
