@@ -1,4 +1,4 @@
-"""The trainer's tokens/s against a bare torch loop over the same model and batches, in one process, step by step in turn.
+"""The trainer's tokens/s against a bare torch loop over the same model and batches, in one process, in turn.
 
     python benchmarks/overhead.py [--recipe quickstart] [--steps 40] [--set a.b=c]
 

@@ -13,7 +13,7 @@ from loopline.models.loop_plan import LoopPlan
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, values cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class FullAttentionConfig(Section):

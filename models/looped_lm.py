@@ -85,15 +85,22 @@ class LoopedLM(nn.Module):
         n_loops: int | None = None,
         depths: list[int] | None = None,
     ) -> list[Tensor]:
-        """Logits after each of the loop counts in `depths` (None means after the last loop only)."""
+        """Logits after each of the loop counts in `depths`, rising (None means after the last loop only).
+
+        Raises:
+            ValueError: a depth that does not run.
+        """
         packing, row = self.pack(tokens, cu_seqlens)
         n_loops = self.config.n_loops if n_loops is None else n_loops
+        depths = [n_loops] if depths is None else depths
+        if not depths or sorted(set(depths)) != depths or depths[0] < 1 or depths[-1] > n_loops:
+            raise ValueError(f"depths {depths} must rise, from 1 to at most n_loops = {n_loops}")
         h, logits = self.embed_tokens(row), []
         for loop_idx in range(n_loops):
             h_in = h
             h = self.run_blocks(h, loop_idx, packing)
             h = self.finish_loop(h, h_in, loop_idx)
-            if loop_idx + 1 in (depths or [n_loops]):
+            if loop_idx + 1 in depths:
                 logits.append(self.read_out(h).view(*tokens.shape, -1))
         return logits
 

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -53,6 +53,9 @@ class TrainSection(Section):
     hang_timeout_s: float = Field(1800.0, gt=0, description="dump stacks and end when a step takes longer than this")
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
@@ -61,7 +64,7 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="wsd: constant, then linear decay")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps spent decaying")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False)  # TOML and JSON have lists, not tuples
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices, not on norms, gates, decays and convolutions")
     grad_clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
@@ -141,7 +144,7 @@ class RunConfig(Section):
         Raises:
             ConfigError: one line a problem: field, value, rule, fix.
         """
-        problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self)
+        problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self) + _schedule_problems(self)
         if problems:
             raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(problems))
 
@@ -149,10 +152,38 @@ class RunConfig(Section):
 def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
     p, t, problems = config.parallel, config.train, []
     if world_size % (p.tp * p.pp):
-        return [
+        problems.append(
             f"parallel.tp * parallel.pp = {p.tp} * {p.pp} does not divide the world size {world_size}: "
             f"launch a multiple of {p.tp * p.pp} processes, or lower tp or pp"
-        ]
+        )
+    else:
+        problems += _batch_problems(config, world_size)
+    if t.global_batch_sequences % config.data.lanes:
+        problems.append(
+            f"train.global_batch_sequences = {t.global_batch_sequences} must be a multiple of data.lanes = "
+            f"{config.data.lanes}: every step takes the same number of sequences from every lane"
+        )
+    if p.zero_stage >= 2 and p.pp > 1:
+        problems.append(
+            f"parallel.zero_stage = {p.zero_stage} with parallel.pp = {p.pp}: ZeRO 2 and 3 shard gradients within one "
+            "backward, which a pipeline splits; use zero_stage 0 or 1, or pp = 1"
+        )
+    if p.pp > config.model.n_blocks:
+        problems.append(
+            f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; "
+            "lower pp"
+        )
+    loops = parse_recompute(p.recompute) or frozenset()
+    if any(r >= config.model.n_loops for r in loops):
+        problems.append(
+            f"parallel.recompute = {p.recompute!r} names a loop that does not run: model.n_loops = "
+            f"{config.model.n_loops}, so choose from loops 0..{config.model.n_loops - 1}"
+        )
+    return problems
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
+    p, t, problems = config.parallel, config.train, []
     dp = config.dp(world_size)
     per_step = dp * t.micro_batch_sequences
     if t.global_batch_sequences % per_step:
@@ -171,28 +202,20 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             f"data.lanes = {config.data.lanes} must be a multiple of the data-parallel size {dp}: "
             "a rank serves whole lanes; choose lanes once, as a multiple of every dp you may use"
         )
-    if t.global_batch_sequences % config.data.lanes:
-        problems.append(
-            f"train.global_batch_sequences = {t.global_batch_sequences} must be a multiple of data.lanes = "
-            f"{config.data.lanes}: every step takes the same number of sequences from every lane"
-        )
-    if p.zero_stage >= 2 and p.pp > 1:
-        problems.append(
-            f"parallel.zero_stage = {p.zero_stage} with parallel.pp = {p.pp}: ZeRO 2 and 3 shard gradients within one "
-            "backward, which a pipeline splits; use zero_stage 0 or 1, or pp = 1"
-        )
-    if p.pp > config.model.n_blocks:
-        problems.append(
-            f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; "
-            "lower pp"
-        )
+    return problems
+
+
+def _schedule_problems(config: RunConfig) -> list[str]:
+    t, o, problems = config.train, config.optimizer, []
     if t.stop_at_step is not None and t.stop_at_step > t.steps:
-        problems.append(f"train.stop_at_step = {t.stop_at_step} is past train.steps = {t.steps}")
-    loops = parse_recompute(p.recompute) or frozenset()
-    if any(r >= config.model.n_loops for r in loops):
         problems.append(
-            f"parallel.recompute = {p.recompute!r} names a loop that does not run: model.n_loops = "
-            f"{config.model.n_loops}, so loops are 0..{config.model.n_loops - 1}"
+            f"train.stop_at_step = {t.stop_at_step} is past train.steps = {t.steps}: lower it, or raise train.steps"
+        )
+    n_decay = round(t.steps * o.decay_fraction) if o.schedule == "wsd" else 0
+    if o.warmup_steps and o.warmup_steps + n_decay > t.steps:
+        problems.append(
+            f"optimizer.warmup_steps = {o.warmup_steps} and {n_decay} steps of decay do not fit in train.steps = "
+            f"{t.steps}: lower optimizer.warmup_steps or optimizer.decay_fraction, or raise train.steps"
         )
     return problems
 
@@ -254,9 +277,11 @@ def recipe_names() -> list[str]:
 
 
 def _load_tree(recipe: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    if recipe in seen:
-        raise ConfigError(f"recipes start from each other in a circle: {' -> '.join([*seen, recipe])}")
-    if recipe.endswith(".toml"):
+    is_file = recipe.endswith(".toml")
+    identity = str(Path(recipe).resolve()) if is_file else recipe
+    if identity in seen:
+        raise ConfigError(f"recipes start from each other in a circle: {' -> '.join([*seen, identity])}")
+    if is_file:
         path = Path(recipe)
         if not path.is_file():
             raise ConfigError(f"recipe file {recipe} does not exist; shipped recipes: {', '.join(recipe_names())}")
@@ -275,9 +300,11 @@ def _load_tree(recipe: str, seen: tuple[str, ...]) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if base.endswith(".toml") and recipe.endswith(".toml"):
+    if not isinstance(base, str):
+        raise ConfigError(f"recipe {recipe}: base = {base!r} must be the name or path of one recipe, in quotes")
+    if is_file and base.endswith(".toml"):
         base = str(Path(recipe).parent / base)
-    return _merge(_load_tree(base, (*seen, recipe)), tree)
+    return _merge(_load_tree(base, (*seen, identity)), tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

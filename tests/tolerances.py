@@ -26,6 +26,15 @@ TOLERANCES: dict[tuple[str, str], float] = {
     ("fp32", "op_strong_decay"): 5e-5,
     # The same, through a whole looped model.
     ("fp32", "logits"): 5e-5,
+    # Every gradient of a whole model against the same maths written otherwise (unrolled loops, transformers), RMS.
+    # Measured below 1e-5.
+    ("fp32", "gradients"): 2e-5,
+    # Error of bf16 logits over that of fp32 logits from weights rounded to bf16. Looped Gated DeltaNet at random
+    # weights magnifies any rounding up to fivefold a loop, so no absolute figure fits every depth; the ratio does.
+    # Measured 0.9 to 1.7 over six seeds.
+    ("bf16", "weight_rounding"): 3.0,
+    # All gradients of a one-loop model together, each scaled by its RMS. Measured 0.03 to 0.07.
+    ("bf16", "gradients"): 1e-1,
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -153,7 +154,7 @@ def _dense_oracle(form):  # type: ignore[no-untyped-def]
     def op(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
         assert scale == q.shape[-1] ** -0.5  # every oracle's default
         outputs, states = [], []
-        for i, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:])):
+        for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
             cut = [x[:, start:end] for x in (q, k, v, g, beta)]
             state = None if initial_state is None else initial_state[i : i + 1]
             o, final_state = form(*cut, state)

@@ -1,0 +1,69 @@
+"""Tiny models: every update, norm and mixer pattern, with every weight moved off its starting value."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from loopline.models.config import FullAttentionConfig, GatedDeltaConfig, ModelConfig
+from loopline.models.init import init_weights
+from loopline.models.looped_lm import LoopedLM
+
+VOCAB_SIZE = 61
+PATTERNS = ("full", "gdn", "gdn,full")
+UPDATES = ("replace", "norm", "gate")
+NORMS = ("pre", "sandwich")
+
+
+def make_config(**settings: object) -> ModelConfig:
+    """A model of two blocks and three loops with no size a power of two."""
+    small = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 24,
+        "n_blocks": 2,
+        "n_loops": 3,
+        "pattern": "gdn,full",
+        "d_ffn": 40,
+        # Gated DeltaNet's output norm magnifies rounding by up to 1/eps^0.5: see recipes/debug.toml.
+        "norm_eps": 1e-3,
+        "full": FullAttentionConfig(n_heads=4, n_kv_heads=2, d_head=6, output_gate=True),
+        "gdn": GatedDeltaConfig(n_heads=3, d_head_k=6, d_head_v=10),
+    }
+    return ModelConfig(**{**small, **settings})
+
+
+CONFIGS = {
+    f"{pattern}-{update}-{norm}": make_config(pattern=pattern, update=update, norm=norm)
+    for pattern, update, norm in itertools.product(PATTERNS, UPDATES, NORMS)
+}
+CONFIGS["gdn,full-gate-pre-tied"] = make_config(tie_embeddings=True)
+
+
+def starting_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LoopedLM:
+    """The model as a run starts it."""
+    model = LoopedLM(config, dtype)
+    init_weights(model, seed=3)
+    return model
+
+
+def moved_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LoopedLM:
+    """The same with noise on every weight, so that no gate is zero and no norm is one."""
+    model = starting_model(config, dtype)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tokens_of(*shape: int, low: int = 0, high: int = VOCAB_SIZE) -> Tensor:
+    """Random tokens in [low, high)."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def gradients(model: LoopedLM, logits: list[Tensor]) -> dict[str, Tensor]:
+    """Gradient of a fixed random projection of every tensor in `logits` with respect to every parameter."""
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((x.float() * torch.randn(x.shape, generator=generator)).sum() for x in logits)
+    names, parameters = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss, parameters)))

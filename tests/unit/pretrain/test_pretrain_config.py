@@ -1,0 +1,366 @@
+"""The run's config: recipes, overrides, and every combination that cannot run refused with its numbers."""
+
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from loopline.models.config import Section
+from loopline.pretrain import config as config_module
+from loopline.pretrain.config import RunConfig, config_from_tree, load_config, parse_recompute, recipe_names
+from loopline.pretrain.errors import ConfigError
+from loopline.pretrain.plan import describe
+
+
+def problems_of(error: pytest.ExceptionInfo[ConfigError]) -> list[str]:
+    """The lines of a message, one a problem."""
+    return str(error.value).split("\n  - ")[1:]
+
+
+def refusal(world_size: int, *overrides: str) -> list[str]:
+    """What `debug` with these overrides is refused for on so many ranks."""
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", list(overrides)).validate_for(world_size)
+    return problems_of(error)
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_runs_on_its_own_layout(name: str) -> None:
+    config = load_config(name)
+    world_size = config.parallel.tp * config.parallel.pp
+    config.validate_for(world_size)
+    assert config.micro_batches(world_size) >= 1
+    assert "stage map:" in describe(config, world_size)
+
+
+def test_shipped_recipes_include_the_two_of_the_tour() -> None:
+    assert {"debug", "quickstart"} <= set(recipe_names())
+
+
+def test_a_recipe_is_the_difference_from_its_base(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('base = "debug"\n[model.full]\nn_kv_heads = 4\n[train]\nsteps = 7\n')
+    mine, debug = load_config(str(recipe)), load_config("debug")
+    assert (mine.model.full.n_kv_heads, mine.train.steps) == (4, 7)
+    assert mine.model.full.n_heads == debug.model.full.n_heads  # other keys of a changed table stay
+    unchanged = {"model": {"full": {"n_kv_heads"}}, "train": {"steps"}}
+    assert mine.model_dump(exclude=unchanged) == debug.model_dump(exclude=unchanged)
+
+
+def test_bases_chain_and_are_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "one.toml").write_text('base = "debug"\n[train]\nsteps = 7\nseq_len = 32\n')
+    (tmp_path / "sub" / "two.toml").write_text('base = "../one.toml"\n[train]\nsteps = 9\n')
+    config = load_config(str(tmp_path / "sub" / "two.toml"))
+    assert (config.train.steps, config.train.seq_len, config.model.vocab_size) == (9, 32, 4096)
+
+
+@pytest.mark.parametrize("back", ["a.toml", "./a.toml", "../{folder}/a.toml"])
+def test_recipes_that_start_from_each_other_are_refused(tmp_path: Path, back: str) -> None:
+    (tmp_path / "a.toml").write_text('base = "b.toml"\n')
+    (tmp_path / "b.toml").write_text(f'base = "{back.format(folder=tmp_path.name)}"\n')
+    with pytest.raises(ConfigError, match=r"circle: .*a\.toml -> .*b\.toml -> .*a\.toml"):
+        load_config(str(tmp_path / "a.toml"))
+
+
+def test_unknown_recipe_names_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'debgu' \(did you mean debug\?\).*debug, quickstart"):
+        load_config("debgu")
+
+
+def test_missing_recipe_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.toml does not exist; shipped recipes: debug"):
+        load_config(str(tmp_path / "gone.toml"))
+
+
+@pytest.mark.parametrize("text", ["[model", "base = 3\n", "base = ['debug']\n"])
+def test_a_broken_recipe_is_a_config_error(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "broken.toml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load_config(str(recipe))
+
+
+# Keys and values.
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("model.n_loop=3", "model.n_loops"),
+        ("model.ful.n_heads=3", "model.full"),
+        ("model.full.nheads=3", "model.full.n_heads"),
+        ("model.gdn.conv_siz=3", "model.gdn.conv_size"),
+        ("trian.steps=3", "train"),
+        ("train.stesp=3", "train.steps"),
+        ("optimizer.learning_rate=1", None),
+        ("optimizer.warmup=1", "optimizer.warmup_steps"),
+        ("parallel.zero=1", "parallel.zero_stage"),
+        ("data.lane=1", "data.lanes"),
+        ("checkpoint.evry=1", "checkpoint.every"),
+        ("eval.batch=1", "eval.batches"),
+        ("log.peak_tflop=1", "log.peak_tflops"),
+        ("run.sed=1", "run.seed"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override: str, nearest: str | None) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", [override])
+    (problem,) = problems_of(error)
+    key = override.partition("=")[0]
+    assert problem.startswith("unknown key ")
+    assert key.startswith(problem.split()[2].rstrip(";"))
+    assert nearest is None or f"(did you mean {nearest}?)" in problem
+    assert "; known: " in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
+        ("train.steps=1.5", ["train.steps = 1.5"]),
+        ("train.dtype=fp16", ["train.dtype = 'fp16'", "fp32", "bf16"]),
+        ("optimizer.lr=0", ["optimizer.lr = 0"]),
+        ("optimizer.lr=nan", ["optimizer.lr = nan"]),
+        ("optimizer.lr=inf", ["optimizer.lr = inf"]),
+        ("optimizer.betas=[0.9, 1.0]", ["optimizer.betas"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas"]),
+        ("parallel.zero_stage=4", ["parallel.zero_stage = 4"]),
+        ("model.update=sum", ["model.update = 'sum'", "replace"]),
+        ("model.pattern=gdm", ["unknown mixer 'gdm'", "full, gdn"]),
+        ("parallel.recompute=some", ["parallel.recompute is 'some'", "'none', 'all', or 'loops:0,1'"]),
+        ("model.full.n_heads=5", ["model.d_model (64)", "model.full.n_heads (5)"]),
+        ("model=3", ["model = 3"]),
+    ],
+)
+def test_bad_value_is_refused_with_field_value_and_rule(override: str, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", [override])
+    assert all(text in str(error.value) for text in named), error.value
+
+
+def test_several_bad_keys_and_values_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", ["train.stesp=1", "train.seq_len=0", "optimizer.lr=-1", "model.n_loops=0", "modle.x=1"])
+    assert len(problems_of(error)) == 5
+
+
+def test_config_is_frozen_and_comes_back_from_its_dump() -> None:
+    config = load_config("quickstart")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3
+    assert config_from_tree(config.model_dump(mode="json")) == config
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("train.steps=7", "train.steps", 7),
+        ("train.dtype=bf16", "train.dtype", "bf16"),
+        ('train.dtype="bf16"', "train.dtype", "bf16"),
+        ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
+        ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", (0.8, 0.9)),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel", True),
+        ("model.pattern=gdn*3,full", "model.pattern", "gdn*3,full"),
+        ("run.dir=/tmp/a=b", "run.dir", "/tmp/a=b"),
+        ("model.full.d_head=6", "model.full.d_head", 6),
+        ("parallel.recompute=none", "parallel.recompute", "none"),  # a word, not "no value"
+        ("model.full.n_kv_heads=none", "model.full.n_kv_heads", None),
+        (" train.steps =7", "train.steps", 7),
+    ],
+)
+def test_override_sets_its_field_with_its_type(override: str, field: str, value: object) -> None:
+    found: object = load_config("debug", [override])
+    for part in field.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_override_wins() -> None:
+    assert load_config("debug", ["train.steps=7", "train.steps=9"]).train.steps == 9
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", " =3", ""])
+def test_override_without_field_or_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"must read section\.field=value"):
+        load_config("debug", [override])
+
+
+def test_override_below_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="steps is a value, not a section"):
+        load_config("debug", ["train.steps.x=3"])
+
+
+def test_every_field_that_may_be_none_can_be_set_to_none() -> None:
+    def optional(section: type[Section], prefix: str = "") -> set[str]:
+        found: set[str] = set()
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found |= optional(field.annotation, f"{prefix}{name}.")
+            elif NoneType in get_args(field.annotation):
+                found.add(prefix + name)
+        return found
+
+    assert optional(RunConfig) == config_module._OPTIONAL_FIELDS
+
+
+# Recomputation.
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        ("none", frozenset()),
+        ("all", None),
+        ("loops:0", frozenset({0})),
+        ("loops:0,2", frozenset({0, 2})),
+        ("loops: 1 , 2", frozenset({1, 2})),
+        ("loops:1,1", frozenset({1})),
+    ],
+)
+def test_recompute_setting_is_read(text: str, loops: frozenset[int] | None) -> None:
+    assert parse_recompute(text) == loops
+
+
+@pytest.mark.parametrize("text", ["", "All", "loops", "loops:", "loops:a", "loops:-1", "loops:0,,1", "loop:0", "0,1"])
+def test_bad_recompute_setting_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"use 'none', 'all', or 'loops:0,1'"):
+        parse_recompute(text)
+
+
+# Layouts.
+
+TP2, TP4, PP2 = "parallel.tp=2", "parallel.tp=4", "parallel.pp=2"
+REFUSED = {
+    "world not a multiple of tp * pp": (3, [TP2], ["parallel.tp * parallel.pp = 2 * 1", "world size 3"]),
+    "world smaller than tp * pp": (1, [TP2, PP2], ["parallel.tp * parallel.pp = 2 * 2", "world size 1"]),
+    "key/value heads": (4, [TP4], ["model.full.n_kv_heads = 2", "parallel.tp = 4"]),
+    "Gated DeltaNet heads": (2, [TP2, "model.gdn.n_heads=3"], ["model.gdn.n_heads = 3", "parallel.tp = 2"]),
+    "FFN": (2, [TP2, "model.d_ffn=177"], ["model.d_ffn = 177", "parallel.tp = 2"]),
+    "vocabulary": (2, [TP2, "model.vocab_size=4097"], ["model.vocab_size = 4097", "parallel.tp = 2"]),
+    "batch and micro-batch": (
+        1,
+        ["train.micro_batch_sequences=3"],
+        ["train.global_batch_sequences = 8", "train.micro_batch_sequences * dp = 3 * 1 = 3"],
+    ),
+    "batch and dp": (
+        2,
+        ["train.micro_batch_sequences=8"],
+        ["train.global_batch_sequences = 8", "train.micro_batch_sequences * dp = 8 * 2 = 16"],
+    ),
+    "micro-batches and pp": (
+        2,
+        [PP2, "train.global_batch_sequences=12", "train.micro_batch_sequences=4"],
+        ["3 micro-batches", "parallel.pp = 2", "12 / (4 * dp 1)"],
+    ),
+    "lanes and dp": (
+        3,
+        ["train.global_batch_sequences=24"],
+        ["data.lanes = 4", "data-parallel size 3"],
+    ),
+    "lanes and batch": (
+        1,
+        ["train.global_batch_sequences=6"],
+        ["train.global_batch_sequences = 6", "data.lanes = 4"],
+    ),
+    "ZeRO 2 and pp": (2, [PP2, "parallel.zero_stage=2"], ["parallel.zero_stage = 2", "parallel.pp = 2"]),
+    "ZeRO 3 and pp": (2, [PP2, "parallel.zero_stage=3"], ["parallel.zero_stage = 3", "parallel.pp = 2"]),
+    "more stages than blocks": (
+        4,
+        ["parallel.pp=4"],
+        ["parallel.pp = 4", "model.n_blocks = 2"],
+    ),
+    "sequence parallel alone": (
+        1,
+        ["parallel.sequence_parallel=true"],
+        ["parallel.sequence_parallel = true", "parallel.tp > 1"],
+    ),
+    "sequence parallel and an odd row": (
+        2,
+        [TP2, "parallel.sequence_parallel=true", "train.micro_batch_sequences=1", "train.seq_len=61"],
+        ["train.micro_batch_sequences * train.seq_len = 61", "parallel.tp = 2"],
+    ),
+    "stop after the end": (1, ["train.stop_at_step=11"], ["train.stop_at_step = 11", "train.steps = 10"]),
+    "recompute of a loop that does not run": (
+        1,
+        ["parallel.recompute=loops:1,3"],
+        ["parallel.recompute = 'loops:1,3'", "model.n_loops = 3", "0..2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_layout_that_cannot_run_is_refused_with_its_numbers_and_for_nothing_else(case: str) -> None:
+    world_size, overrides, named = REFUSED[case]
+    (problem,) = refusal(world_size, *overrides)
+    assert all(text in problem for text in named), problem
+    assert ": " in problem  # what to change follows
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    # tp divides n_heads wherever it divides n_kv_heads, so both lines come together.
+    full = ["model.full.n_heads=3", "model.full.n_kv_heads=3", "model.full.d_head=8", "model.pattern=full"]
+    problems = refusal(2, TP2, *full)
+    assert len(problems) == 2
+    for field, problem in zip(("n_heads", "n_kv_heads"), problems):
+        assert problem.startswith(f"model.full.{field} = 3 must be divisible by parallel.tp = 2: ")
+
+
+def test_several_problems_are_reported_at_once() -> None:
+    problems = refusal(
+        4,
+        TP2,
+        PP2,
+        "parallel.zero_stage=3",
+        "model.d_ffn=177",
+        "model.gdn.n_heads=3",
+        "train.micro_batch_sequences=3",
+        "data.lanes=3",
+        "train.stop_at_step=99",
+    )
+    for text in ("zero_stage", "d_ffn", "gdn.n_heads", "micro_batch_sequences", "data.lanes", "stop_at_step"):
+        assert sum(text in problem for problem in problems) >= 1, text
+    assert len(problems) == 6
+
+
+def test_a_world_that_does_not_fit_hides_no_other_problem() -> None:
+    problems = refusal(3, TP2, "train.stop_at_step=99", "parallel.recompute=loops:7", "train.global_batch_sequences=6")
+    for text in ("world size 3", "stop_at_step", "recompute", "data.lanes"):
+        assert sum(text in problem for problem in problems) == 1, text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (2, [TP2, "parallel.sequence_parallel=true", "parallel.zero_stage=3"]),
+        (4, [TP2, PP2, "parallel.zero_stage=1"]),
+        (4, []),
+        (4, [TP4, "model.pattern=gdn"]),  # full attention's two key/value heads do not matter without it
+        (2, [PP2, "parallel.recompute=loops:0,2"]),
+    ],
+)
+def test_layouts_that_can_run_are_not_refused(world_size: int, overrides: list[str]) -> None:
+    load_config("debug", overrides).validate_for(world_size)
+
+
+def test_derived_numbers_follow_from_the_layout() -> None:
+    config = load_config("debug", [TP2, PP2, "train.global_batch_sequences=32"])
+    assert (config.dp(8), config.micro_batches(8)) == (2, 8)
+
+
+def test_plan_describes_every_stage_and_the_bubble() -> None:
+    config = load_config("debug", [PP2])
+    text = describe(config, 2)
+    assert "stage 0: embedding, blocks 0:gdn; chunks: loops 0..2" in text
+    assert "stage 1: blocks 1:full, loop update, final norm, head; chunks: loops 0..2" in text
+    assert "pipeline bubble: 7.7% (3 loops as virtual stages)" in text  # 1 / (3 * 4 + 1)
