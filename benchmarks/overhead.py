@@ -56,7 +56,7 @@ class BareLoop:
 def build_trainer(config: RunConfig, run_dir: Path) -> tuple[Loop, LoopedLM]:
     device = pick_device(config.train.device, 0)
     topology = init_topology(tp=1, pp=1, n_loops=config.model.n_loops, device=device, needs_groups=False, timeout_s=60)
-    manifest = corpus.open_corpus(config, 0, 0)
+    manifest = corpus.open_corpus(config, 0)
     run_dir.mkdir(parents=True, exist_ok=True)
     loop = Loop(
         config=config,

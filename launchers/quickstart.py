@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from loopline.launchers.local import local_command, run_local
+from loopline.pretrain.config import load_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dir.exists():
         print(f"{args.dir} exists: remove it to take the tour again, or give another --dir", file=sys.stderr)
         return 2
-    export, n_steps = args.dir / "export", args.steps or 200
+    export, n_steps = args.dir / "export", args.steps or load_config("quickstart").train.steps
 
     say("1. a corpus from the Python files every machine has")
     if not (args.corpus / "manifest.json").exists():
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     say("3. continue the same run on another layout: two tensor-parallel ranks")
     launch([*common, "parallel.tp=2"])
     say("4. held-out loss with 1, 2, ... loops")
-    evaluation = json.loads(loopline("eval", str(args.dir), "--max-loops", "4"))
+    evaluation = json.loads(loopline("eval", str(args.dir), "--max-loops", "4", "--max-batches", "40"))
     say("5. export to Hugging Face format, logits held to the training model's")
     parity = json.loads(loopline("export", "hf", str(args.dir), str(export)))
     say("6. generate with plain transformers")
@@ -122,9 +123,9 @@ def draw_curves(run_dir: Path) -> Path:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(8, 5))
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training", linewidth=1)
-    evals = [r for r in records if "eval_loss_per_loop" in r]
-    for loop in range(len(evals[0]["eval_loss_per_loop"]) if evals else 0):
-        losses = [r["eval_loss_per_loop"][loop] for r in evals]
+    evals = [r for r in records if "loss_per_loop" in r]
+    for loop in range(len(evals[0]["loss_per_loop"]) if evals else 0):
+        losses = [r["loss_per_loop"][loop] for r in evals]
         axes.plot([r["step"] for r in evals], losses, "o-", label=f"held-out, {loop + 1} loops")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=run_dir.name)
     axes.legend()

@@ -110,7 +110,7 @@ def parse_pattern(pattern: str, n_blocks: int) -> list[str]:
         name, _, count = item.strip().partition("*")
         if name not in MIXERS:
             raise ValueError(f"model.pattern {pattern!r}: unknown mixer {name!r}; known: {', '.join(MIXERS)}")
-        if count and (not count.isdigit() or int(count) < 1):
+        if count and not (count.isascii() and count.isdigit() and int(count) >= 1):
             raise ValueError(f"model.pattern {pattern!r}: count {count!r} must be a whole number >= 1")
         names += [name] * int(count or 1)
     return [names[i % len(names)] for i in range(n_blocks)]

@@ -1,9 +1,11 @@
 """Where documents begin and end in a packed row of tokens: computed once, read by every mixer at every loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from loopline.models.rope import rotary_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,14 @@ class Packing:
 
     cu_seqlens: list[int]
     positions: Tensor
+    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def rotary(self, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the row's positions, made once for every block and loop."""
+        key = (d_head, theta)
+        if key not in self._rotary:
+            self._rotary[key] = rotary_tables(self.positions, d_head, theta)
+        return self._rotary[key]
 
     @classmethod
     def of(cls, cu_seqlens: list[int], device: torch.device | str) -> "Packing":

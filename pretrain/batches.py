@@ -27,9 +27,9 @@ def to_device(batch: Batch, micro_batch_sequences: int, device: torch.device) ->
     """A rank's batch as micro-batches on `device`."""
     return [
         MicroBatch(
-            torch.from_numpy(micro.tokens).to(device, non_blocking=True),
-            torch.from_numpy(micro.labels).to(device, non_blocking=True),
-            Packing(micro.cu_seqlens.tolist(), torch.from_numpy(micro.positions).to(device, non_blocking=True)),
+            torch.from_numpy(micro.tokens).to(device),
+            torch.from_numpy(micro.labels).to(device),
+            Packing(micro.cu_seqlens.tolist(), torch.from_numpy(micro.positions).to(device)),
         )
         for micro in batch.micro_batches(micro_batch_sequences)
     ]

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from loopline.kernels.errors import BackendError
 from loopline.kernels.gated_delta.op import check_backend
 from loopline.models.init import init_weights
 from loopline.models.looped_lm import LoopedLM
 from loopline.pretrain.config import RunConfig, parse_recompute
+from loopline.pretrain.errors import ConfigError
 from loopline.pretrain.objective import loss_sum, token_losses
 from loopline.pretrain.parallel.topology import Topology
 from loopline.pretrain.recompute import recomputing
@@ -103,7 +105,11 @@ def chosen_backends(config: RunConfig, device: torch.device) -> dict[str, str]:
     """The kernel each op will run, resolved once; logged at the start.
 
     Raises:
-        BackendError: one asked for is not available.
+        ConfigError: one asked for is not available.
     """
-    used = set(config.model.mixer_names)
-    return {"gated_delta": check_backend(config.model.gdn.backend, device.type)} if "gdn" in used else {}
+    if "gdn" not in config.model.mixer_names:
+        return {}
+    try:
+        return {"gated_delta": check_backend(config.model.gdn.backend, device.type)}
+    except BackendError as error:
+        raise ConfigError(f"model.gdn.backend = {config.model.gdn.backend!r}: {error}") from None

@@ -13,20 +13,22 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard
 
+from loopline.models.config import ModelConfig, Section
 from loopline.models.looped_lm import LoopedLM
 from loopline.pretrain.config import RunConfig
 from loopline.pretrain.errors import CheckpointError
@@ -36,6 +38,8 @@ from loopline.pretrain.parallel.topology import Topology
 from loopline.pretrain.step import Stepper
 
 FORMAT = "loopline-checkpoint-1"
+NAME = re.compile(r"step_\d{8,}")
+SectionT = TypeVar("SectionT", bound=Section)
 log = logging.getLogger(__name__)
 # A single process saves and loads without process groups on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -79,16 +83,25 @@ def save(folder: Path, state: RunState, stepper: Stepper, keep: int) -> Path:
     final = folder / f"step_{state.step:08d}"
     aside = folder / f".writing_{final.name}"
     if topology.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in folder.glob(".writing_*"):  # of a save that was cut short
+            shutil.rmtree(leftover)
         aside.mkdir(parents=True)
     topology.barrier()
+    part = _collect(stepper)
     writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    dcp.save(_collect(stepper), storage_writer=writer, no_dist=topology.world_size == 1)
+    dcp.save(part, storage_writer=writer, no_dist=topology.world_size == 1)
+    names = topology.gather(dict.fromkeys(part))
     topology.barrier()
     if topology.is_main:
+        missing = names.keys() - stored_shapes(aside).keys()
+        if missing:
+            raise CheckpointError(
+                f"{aside}: {len(missing)} tensors are not on disk after saving ({sorted(missing)[0]} ..): run.dir must "
+                "be storage that every rank sees"
+            )
         _seal(aside, final, state)
         _write_json(folder / "latest", final.name)
-        for old in _complete(folder)[keep:]:
+        for old in [path for path in complete(folder) if path.name < final.name][keep - 1 :]:
             shutil.rmtree(old)
     topology.barrier()
     return final
@@ -153,7 +166,7 @@ def find_latest(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and every one is damaged. A run never starts over by itself.
     """
-    candidates = _complete(folder)
+    candidates = complete(folder)
     problems = []
     for candidate in candidates:
         try:
@@ -171,11 +184,37 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, newest first."""
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, newest first. Other names, such as a user's copies, are left alone."""
     if not folder.is_dir():
         return []
-    return sorted((f for f in folder.glob("step_*") if f.is_dir()), reverse=True)
+    return sorted((f for f in folder.iterdir() if f.is_dir() and NAME.fullmatch(f.name)), reverse=True)
+
+
+def resolve(where: str) -> Path:
+    """A checkpoint's folder, from itself or from its run's folder (the newest).
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    path = Path(where)
+    if not path.is_dir():
+        raise CheckpointError(f"{where} does not exist: give a run folder or one of its checkpoints/step_* folders")
+    if (path / "manifest.json").exists():
+        return path
+    latest = find_latest(path / "checkpoints")
+    if latest is None:
+        raise CheckpointError(f"{where} holds no checkpoint: train first, or give a checkpoints/step_* folder")
+    return latest
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Rename the damaged checkpoints newer than the one a run continues from, so that none is taken for good later."""
+    for path in complete(checkpoint.parent):
+        if path.name > checkpoint.name:
+            target = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
 
 
 def check(checkpoint: Path, *, hashes: bool) -> RunState:
@@ -184,13 +223,15 @@ def check(checkpoint: Path, *, hashes: bool) -> RunState:
     Raises:
         CheckpointError: missing, foreign, truncated or altered; the message names the file.
     """
-    manifest = _read_json(checkpoint / "manifest.json")
-    if manifest.get("format") != FORMAT:
+    raw = _read_json(checkpoint / "manifest.json")
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
         raise CheckpointError(
-            f"{checkpoint}: format is {manifest.get('format')!r}, expected {FORMAT!r}: this is not a checkpoint of "
+            f"{checkpoint / 'manifest.json'}: format is {found!r}, expected {FORMAT!r}: this is not a checkpoint of "
             "this system; import Hugging Face models with `loopline import hf`"
         )
-    for name, entry in manifest["files"].items():
+    for name, file_entry in _validated(_FileList, raw, checkpoint / "manifest.json").files.items():
+        entry = file_entry.model_dump()
         file = checkpoint / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{checkpoint}: {name} is listed in manifest.json and missing; restore it")
@@ -200,9 +241,57 @@ def check(checkpoint: Path, *, hashes: bool) -> RunState:
             )
         if hashes and _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: sha256 differs from manifest.json: altered on disk; restore it")
-    raw = _read_json(checkpoint / "state.json")
-    raw.pop("format", None)
-    return RunState(**raw)
+    state = _validated(_StateFile, _read_json(checkpoint / "state.json"), checkpoint / "state.json")
+    _validated(RunConfig, state.config, checkpoint / "state.json")
+    return RunState(**state.model_dump(exclude={"format"}))
+
+
+def check_fits(checkpoint: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint whose tensors are not those of `model`; reads headers only.
+
+    Raises:
+        CheckpointError: the first tensor that differs, with both shapes.
+    """
+    with torch.device("meta"):
+        wanted = {f"weight/{n}": list(p.shape) for n, p in LoopedLM(model).named_parameters()}
+    stored = {key: shape for key, shape in stored_shapes(checkpoint).items() if key.startswith("weight/")}
+    for key in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(key) != stored.get(key):
+            raise CheckpointError(
+                f"{checkpoint}: {key} has shape {stored.get(key, 'nothing')}, this model wants "
+                f"{wanted.get(key, 'nothing')}: the checkpoint is of another architecture"
+            )
+
+
+class _FileEntry(Section):
+    bytes: int
+    sha256: str
+
+
+class _FileList(Section):
+    format: str
+    files: dict[str, _FileEntry]
+
+
+class _StateFile(Section):
+    format: str
+    step: int
+    updates: int
+    tokens: int
+    lanes: dict[str, Any]
+    data: str
+    config: dict[str, Any]
+
+
+def _validated(schema: type[SectionT], raw: Any, file: Path) -> SectionT:
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{file}: {where or 'content'}: {first['msg']}: damaged, or written by another version; restore it"
+        ) from None
 
 
 def check_belongs(state: RunState, config: RunConfig, data: str, where: Path) -> None:
@@ -306,15 +395,6 @@ def stored_shapes(checkpoint: Path) -> dict[str, list[int]]:
                 ends = [a + b for a, b in zip(start, size)]
                 shapes[key] = [max(a, b) for a, b in zip(shapes.get(key, ends), ends)]
     return shapes
-
-
-def agree(choice: str | None, topology: Topology) -> str | None:
-    """Every rank takes rank 0's answer."""
-    if topology.world_size == 1:
-        return choice
-    box = [choice]
-    dist.broadcast_object_list(box, src=0, device=topology.device)
-    return box[0]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def parse_recompute(text: str) -> frozenset[int] | None:
     if text == "all":
         return None
     kind, _, loops = text.partition(":")
-    if kind == "loops" and loops and all(x.strip().isdigit() for x in loops.split(",")):
+    if kind == "loops" and loops and all(x.strip().isascii() and x.strip().isdigit() for x in loops.split(",")):
         return frozenset(int(x) for x in loops.split(","))
     raise ValueError(f"parallel.recompute is {text!r}; use 'none', 'all', or 'loops:0,1'")
 
@@ -50,7 +50,9 @@ class TrainSection(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute dtype; weights and gradient sums are fp32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped_steps: int = Field(0, ge=0, description="non-finite steps in a row that are skipped before stopping")
-    hang_timeout_s: float = Field(1800.0, gt=0, description="dump stacks and end when a step takes longer than this")
+    hang_timeout_s: float = Field(
+        1800.0, gt=0, le=604_800, description="dump stacks and end when a step takes longer than this"
+    )
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -211,8 +213,8 @@ def _schedule_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.stop_at_step = {t.stop_at_step} is past train.steps = {t.steps}: lower it, or raise train.steps"
         )
-    n_decay = round(t.steps * o.decay_fraction) if o.schedule == "wsd" else 0
-    if o.warmup_steps and o.warmup_steps + n_decay > t.steps:
+    n_decay = round(t.steps * o.decay_fraction)
+    if o.schedule == "wsd" and o.warmup_steps and o.warmup_steps + n_decay > t.steps:
         problems.append(
             f"optimizer.warmup_steps = {o.warmup_steps} and {n_decay} steps of decay do not fit in train.steps = "
             f"{t.steps}: lower optimizer.warmup_steps or optimizer.decay_fraction, or raise train.steps"

@@ -11,7 +11,7 @@ from loopline.pretrain.errors import ConfigError
 BUILD_TIMEOUT_S = 600.0
 
 
-def open_corpus(config: RunConfig, local_rank: int, rank: int) -> Manifest:
+def open_corpus(config: RunConfig, local_rank: int) -> Manifest:
     """The run's manifest. A bundled corpus is built first where it is missing: one process a machine builds, the others
     wait for its manifest.
 
@@ -37,5 +37,7 @@ def open_corpus(config: RunConfig, local_rank: int, rank: int) -> Manifest:
             f"model.vocab_size = {config.model.vocab_size} is smaller than the corpus's vocabulary "
             f"{manifest.vocab_size} ({manifest.path}): raise it to at least that"
         )
-    manifest.verify(hashes=config.data.verify_hashes and rank == 0)
+    if config.eval.every:
+        manifest.split("heldout")  # refused now, not at the first evaluation
+    manifest.verify(hashes=config.data.verify_hashes and local_rank == 0)
     return manifest

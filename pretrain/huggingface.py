@@ -1,5 +1,6 @@
 """Runs to and from Hugging Face folders: `loopline export hf` and `loopline import hf`."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from loopline.data_pipeline.tokenizer import TokenizerFile
 from loopline.models.hf.export import ParityReport, export_hf, import_hf
 from loopline.pretrain import checkpoint
-from loopline.pretrain.config import RunConfig
+from loopline.pretrain.config import RunConfig, TrainSection
 from loopline.pretrain.errors import CheckpointError
 from loopline.pretrain.source import Source, load_model
 
@@ -45,7 +46,9 @@ def import_export(exported: Path, out: Path) -> Path:
     if out.exists():
         raise CheckpointError(f"{out} exists: choose a new folder, or remove it first")
     model, weights = import_hf(exported)
-    config = RunConfig(model=model)
+    # The length the exporter recorded, so that evaluating the import measures what evaluating the original did.
+    trained = json.loads((exported / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    config = RunConfig(model=model, train=TrainSection(seq_len=trained) if trained else TrainSection())
     state = checkpoint.RunState(step=0, updates=0, tokens=0, lanes={}, data="", config=config.model_dump(mode="json"))
     path = checkpoint.save_weights(out / "checkpoints", weights, state)
     if (exported / "tokenizer.json").exists():

@@ -5,8 +5,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from loopline.models.flops import train_flops
 from loopline.pretrain.checkpoint import RunState, save
 from loopline.pretrain.config import RunConfig
 from loopline.pretrain.errors import NonFiniteError
-from loopline.pretrain.metrics import MetricsWriter, finite_or_none, memory_bytes, peak_flops
+from loopline.pretrain.metrics import MetricsWriter, memory_bytes, peak_flops
 from loopline.pretrain.optimizer import learning_rate
 from loopline.pretrain.parallel.topology import Topology
 from loopline.pretrain.step import Stepper, StepResult
@@ -45,20 +44,25 @@ class Loop:
     tokens: int
     saved_step: int | None = None
     skipped_in_a_row: int = 0
-    gather_lanes: Callable[[dict], dict] = field(default=lambda lanes: lanes)
 
     def run(self) -> None:
         """Train to the end, or until asked to stop; leave a checkpoint of the last step."""
         signals = StopSignals()
-        while self.step < self.last_step:
-            faulthandler.dump_traceback_later(self.config.train.hang_timeout_s, exit=True)
-            if self.advance(signals.received):
-                log.info("asked to stop: saving at step %d", self.step)
-                break
-        if self.saved_step != self.step and self.skipped_in_a_row == 0:
-            self.save()
-        faulthandler.cancel_dump_traceback_later()
-        signals.restore()
+        if self.step >= self.last_step:
+            log.info("nothing to do: step %d of %d is done", self.step, self.last_step)
+        try:
+            while self.step < self.last_step:
+                faulthandler.dump_traceback_later(self.config.train.hang_timeout_s, exit=True)
+                if self.advance(signals.received):
+                    log.info("asked to stop: saving at step %d", self.step)
+                    break
+            if self.saved_step != self.step:
+                self.save()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signals.restore()
+            if self.writer:
+                self.writer.close()
 
     def advance(self, wants_stop: bool = False) -> bool:
         """One step and what follows it: step, health, log, evaluate, save. Returns whether any rank asked to stop."""
@@ -67,14 +71,14 @@ class Loop:
         result = self.stepper.train(next(self.stream), lr, wants_stop)
         self.step += 1
         self.updates += result.is_finite
-        self.tokens += result.n_valid
-        self.check_finite(result)
+        self.tokens += result.n_valid if result.is_finite else 0
         record = self.record(result, lr, time.monotonic() - started)
         if self.is_due(self.config.eval.every):
             record |= self.evaluate()
         if self.writer:
             self.writer.write(record)
-        if self.is_due(self.config.checkpoint.every) and self.skipped_in_a_row == 0:
+        self.check_finite(result)
+        if self.is_due(self.config.checkpoint.every):
             self.save()
         return result.stop
 
@@ -99,8 +103,9 @@ class Loop:
             raise NonFiniteError(
                 f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
                 f"{self.skipped_in_a_row} in a row is more than train.max_skipped_steps = "
-                f"{self.config.train.max_skipped_steps}. The last checkpoint is from before; lower optimizer.lr or "
-                "raise train.max_skipped_steps"
+                f"{self.config.train.max_skipped_steps}. Lower optimizer.lr, or raise train.max_skipped_steps; if the "
+                "run fails again at once, the newest checkpoint holds the cause: remove it, to continue from the one "
+                "before"
             )
 
     def record(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -111,8 +116,8 @@ class Loop:
         flops = train_flops(self.config.model, self.config.train.seq_len) * tokens_per_s
         return {
             "step": self.step,
-            "loss": finite_or_none(result.loss),
-            "grad_norm": finite_or_none(result.grad_norm),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": self.tokens,
             "tokens_per_s": tokens_per_s,
@@ -134,7 +139,7 @@ class Loop:
             dp_size=self.topology.dp,
         )
         figures = self.stepper.evaluate(list(batches))
-        return {"eval_loss_per_loop": figures.loss, "eval_state_change_per_loop": figures.state_change}
+        return {"loss_per_loop": figures.loss, "state_change_per_loop": figures.state_change}
 
     def save(self) -> None:
         """Checkpoint this step."""
@@ -142,7 +147,7 @@ class Loop:
             step=self.step,
             updates=self.updates,
             tokens=self.tokens,
-            lanes=self.gather_lanes({str(k): v for k, v in self.stream.state_dict().items()}),
+            lanes=self.topology.gather({str(k): v for k, v in self.stream.state_dict().items()}),
             data=self.data_id,
             config=self.config.model_dump(mode="json"),
         )
@@ -153,16 +158,20 @@ class Loop:
 
 
 class StopSignals:
-    """Remembers SIGTERM and SIGINT, so that the loop can finish its step, save and exit. A second one ends at once."""
+    """Remembers SIGTERM, SIGHUP and SIGINT, so that the loop can finish its step, save and exit.
+
+    Schedulers signal both torchrun and its workers, and torchrun passes the signal on, so a worker gets it twice: only
+    a second SIGINT, somebody at the keyboard, ends at once.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        self._old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         for number in self._old:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.received:
+        if self.received and number == signal.SIGINT:
             self.restore()
             sys.exit(128 + number)
         self.received = True

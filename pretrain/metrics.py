@@ -5,7 +5,6 @@ import math
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ class MetricsWriter:
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=start_step, disable=not self.is_terminal, unit="step")
-        self.started = time.monotonic()
 
     def _drop_after(self, step: int) -> None:
         if not self.file.exists():
@@ -71,19 +69,21 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one step's record; `record["step"]` counts from 1."""
-        self.stream.write(json.dumps(record, allow_nan=False, default=str) + "\n")
+        record = {name: _finite_or_none(value) for name, value in record.items()}
+        self.stream.write(json.dumps(record, allow_nan=False) + "\n")
         self.stream.flush()
         step = record["step"]
         self.bar.update(1)
-        self.bar.set_postfix_str(f"loss {record['loss'] or math.nan:.4f} lr {record['lr']:.2e}")
-        if step % self.log_every and "eval_loss_per_loop" not in record:
+        self.bar.set_postfix_str(f"loss {_shown(record['loss'])} lr {record['lr']:.2e}")
+        if step % self.log_every and "loss_per_loop" not in record:
             return
         if not self.is_terminal:
             tqdm.write(_line(record), file=sys.stderr)
         for name, value in record.items():
             if isinstance(value, list):
                 for i, item in enumerate(value):
-                    self.board.add_scalar(f"{name}/{i + 1}", item, step)
+                    if item is not None:
+                        self.board.add_scalar(f"{name}/{i + 1}", item, step)
             elif isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, step)
 
@@ -94,19 +94,24 @@ class MetricsWriter:
         self.board.close()
 
 
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN; a skipped step's figure is null."""
-    return value if math.isfinite(value) else None
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN; a figure that is not finite is null."""
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _line(record: dict[str, Any]) -> str:
-    loss, norm = record["loss"] or math.nan, record["grad_norm"] or math.nan
     text = (
-        f"step {record['step']:>7} | loss {loss:.4f} | grad norm {norm:.3f} | "
+        f"step {record['step']:>7} | loss {_shown(record['loss'])} | grad norm {_shown(record['grad_norm'])} | "
         f"lr {record['lr']:.2e} | {record['tokens_per_s']:,.0f} tokens/s"
     )
     if record.get("mfu") is not None:
         text += f" | MFU {record['mfu']:.1%}"
-    if "eval_loss_per_loop" in record:
-        text += " | held-out " + " ".join(f"{x:.4f}" for x in record["eval_loss_per_loop"])
+    if "loss_per_loop" in record:
+        text += " | held-out " + " ".join(map(_shown, record["loss_per_loop"]))
     return text

@@ -40,14 +40,7 @@ def open_source(where: str) -> Source:
     Raises:
         CheckpointError: neither is there, or it is damaged.
     """
-    path = Path(where)
-    if not path.is_dir():
-        raise CheckpointError(f"{where} does not exist: give a run folder or one of its checkpoints/step_* folders")
-    if not (path / "manifest.json").exists():
-        latest = checkpoint.find_latest(path / "checkpoints")
-        if latest is None:
-            raise CheckpointError(f"{where} holds no checkpoint: train first, or give a checkpoints/step_* folder")
-        path = latest
+    path = checkpoint.resolve(where)
     state = checkpoint.check(path, hashes=True)
     return Source(path, state, RunConfig.model_validate(state.config))
 
@@ -86,4 +79,4 @@ def corpus_of(source: Source, manifest: str | None, cache_dir: str | None) -> Ma
     data = source.config.data.model_copy(
         update={k: v for k, v in {"manifest": manifest, "cache_dir": cache_dir}.items() if v is not None}
     )
-    return open_corpus(source.config.model_copy(update={"data": data}), local_rank=0, rank=0)
+    return open_corpus(source.config.model_copy(update={"data": data}), local_rank=0)

@@ -39,8 +39,8 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """False where the update was skipped."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        """Whether weights were updated: every optimizer decides by the gradient norm alone."""
+        return math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)

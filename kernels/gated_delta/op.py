@@ -1,5 +1,6 @@
 """Gated delta rule, public op: one signature over the torch reference and fla's Triton kernels."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -109,5 +110,10 @@ def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore
         scale=scale,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=q.device),
+        cu_seqlens=_on_device(tuple(cu_seqlens), q.device),
     )
+
+
+@functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop
+def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)

@@ -4,6 +4,7 @@
 CPU runs train with. Both compute in fp32. Fast kernels live elsewhere and are held to these.
 """
 
+import functools
 import itertools
 
 import torch
@@ -76,7 +77,7 @@ def chunked(
     n_heads, d_k, d_v = k.shape[2], k.shape[3], v.shape[3]
     longest = max(e - s for s, e in itertools.pairwise(cu_seqlens))
     size = min(chunk_size, longest)
-    gather, chunk_rows = _chunk_layout(cu_seqlens, size, q.device)
+    gather, chunk_rows = _chunk_layout(tuple(cu_seqlens), size, q.device)
 
     def to_chunks(x: Tensor) -> Tensor:
         # One zero row stands for padding: k = v = beta = g = 0 leaves the state as it is.
@@ -129,7 +130,8 @@ def chunked(
     return o[rows_of_token[:-1]][None].to(dtype), torch.stack([s for s in final if s is not None])
 
 
-def _chunk_layout(cu_seqlens: list[int], size: int, device: torch.device) -> tuple[Tensor, list[list[int]]]:
+@functools.lru_cache(maxsize=16)  # one row's layout serves every block and loop
+def _chunk_layout(cu_seqlens: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, list[list[int]]]:
     """Tokens of each chunk, [NT, C] with T for padding, and the chunk numbers of each document."""
     total = cu_seqlens[-1]
     rows: list[list[int]] = []

@@ -6,7 +6,7 @@ from loopline.kernels.attention.op import packed_attention
 from loopline.models.config import ModelConfig
 from loopline.models.layers import Linear
 from loopline.models.packing import Packing
-from loopline.models.rope import rotary_tables, rotate
+from loopline.models.rope import rotate
 
 
 class FullAttention(nn.Module):
@@ -33,7 +33,7 @@ class FullAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, heads)  # [1, T, H, D]
         k = self.k_proj(x).unflatten(-1, heads)  # [1, T, G, D]
         v = self.v_proj(x).unflatten(-1, heads)
-        tables = rotary_tables(packing.positions, self.d_head, self.rope_theta)
+        tables = packing.rotary(self.d_head, self.rope_theta)
         o = packed_attention(rotate(q, tables), rotate(k, tables), v, packing.cu_seqlens).flatten(2)
         if self.gate_proj is not None:
             o = o * self.gate_proj(x).sigmoid()

@@ -61,7 +61,7 @@ class ReplicatedOptimizer:
             return None
         parameter = self.parameters[name]
         state = self.optimizer.state[parameter]
-        moments = {key: state.get(key, torch.zeros_like(parameter)) for key in MOMENTS}
+        moments = {key: state[key] if key in state else torch.zeros_like(parameter) for key in MOMENTS}
         return {"weight": parameter.detach(), **moments}
 
     def restore_moments(self, moments: dict[str, dict[str, Tensor]], step: int) -> None:

@@ -1,13 +1,16 @@
 """The grid of processes: tensor x pipeline x data, built once and passed explicitly."""
 
 import datetime
+import math
 import os
-import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from loopline.pretrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class Topology:
         dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
         return tensor.tolist()  # host sync
 
+    def gather(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The union of every rank's dict of plain values; equal keys hold equal values."""
+        if self.world_size == 1:
+            return part
+        parts: list[dict[str, Any]] = [{}] * self.world_size
+        dist.all_gather_object(parts, part)
+        return {key: value for each in parts for key, value in each.items()}
+
 
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
@@ -72,7 +83,18 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 def pick_device(choice: str, local_rank: int) -> torch.device:
-    """The device of this process for "auto", "cpu" or "cuda"."""
+    """The device of this process for "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: CUDA asked for and not there, or fewer devices than local processes.
+    """
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "cuda" and n_devices == 0:
+        raise ConfigError("train.device = 'cuda' and torch finds no CUDA device: use 'auto' or 'cpu'")
+    if choice != "cpu" and 0 < n_devices <= local_rank:
+        raise ConfigError(
+            f"local rank {local_rank} has no device: this machine has {n_devices}; launch {n_devices} processes on it"
+        )
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
@@ -102,13 +124,13 @@ def init_topology(
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            store = dist.FileStore(tempfile.mktemp(prefix="loopline-store-"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=n_loops if pp > 1 and n_loops > 1 else None,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
         order="tp-cp-ep-dp-pp",
     )
     tp_group = parallel_state.get_tensor_model_parallel_group()

@@ -44,6 +44,9 @@ class ZeroOptimizer:
     ) -> None:
         import deepspeed
 
+        # On a CPU DeepSpeed would compile a shared-memory backend at its first start: half a minute, and a traceback
+        # where no C++ compiler is installed, for an op that gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even of a process nobody launched
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model, self.topology, self.stage = model, topology, stage

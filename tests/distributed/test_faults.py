@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from loopline.pretrain.checkpoint import find_latest
+from loopline.pretrain.checkpoint import find_latest, read_full
 from tests.jobs import run_job
 
 LAYOUTS = {
@@ -38,11 +39,19 @@ def test_a_step_that_is_not_finite_stops_the_run_and_saves_nothing(name, data, t
 def test_skipped_steps_are_counted_and_leave_the_weights_alone(name, data, tmp_path):
     layout, world_size = LAYOUTS[name]
     broken = ["optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.max_skipped_steps=100", "train.steps=5"]
+    broken += ["checkpoint.every=1", "checkpoint.keep=9"]
     job = run_job("debug", tmp_path, data, *layout, *broken, world_size=world_size)
     skipped = [r["skipped"] for r in job.records]
     assert skipped[0] is False
     assert skipped[-1] is True
     assert job.records[-1]["loss"] is None or job.records[-1]["grad_norm"] is None
+    n_updates = skipped.index(True)
+    assert all(skipped[n_updates:])
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        first, last = (read_full(tmp_path / "checkpoints" / f"step_{n:08d}", kind) for n in (n_updates, 5))
+        assert all(torch.equal(first[name], value) for name, value in last.items())
+    state = json.loads((tmp_path / "checkpoints" / "step_00000005" / "state.json").read_text())
+    assert state["updates"] == n_updates
 
 
 def launch(run_dir: Path, data: str, *overrides: str) -> subprocess.Popen:
@@ -96,3 +105,23 @@ def test_a_hang_dumps_stacks_and_ends(data, tmp_path):
     assert job.returncode != 0
     assert "Timeout (0:00:08)!" in output
     assert "loop.py" in output  # the stack says where it stood
+
+
+def test_a_second_job_on_the_same_run_is_refused(data, tmp_path):
+    job = launch(tmp_path, data)
+    wait_for_steps(tmp_path, 2, job)
+    second = run_job("debug", tmp_path, data, expect=2)
+    assert "being written by another job" in second.output[0]
+    job.terminate()
+    assert job.wait(120) is not None
+
+
+def test_repeated_sigterm_still_saves(data, tmp_path):
+    """torchrun passes on the SIGTERM that a scheduler sent to the workers too."""
+    job = launch(tmp_path, data)
+    wait_for_steps(tmp_path, 3, job)
+    for pid in trainer_pids(job) * 2:
+        os.kill(pid, signal.SIGTERM)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, output
+    assert find_latest(tmp_path / "checkpoints") is not None

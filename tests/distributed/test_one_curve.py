@@ -130,6 +130,6 @@ def test_evaluation_is_the_same_on_every_layout(data, tmp_path):
         job = run_job(
             "debug", tmp_path / str(i), *common, *layout_overrides(tp, pp, zero), *extra, world_size=tp * pp * dp
         )
-        for key in ("eval_loss_per_loop", "eval_state_change_per_loop"):
+        for key in ("loss_per_loop", "state_change_per_loop"):
             for found, expected in zip(job.records[-1][key], judge.records[-1][key], strict=True):
                 assert relative(found, expected) <= TOLERANCES["fp32", "loss"], key

@@ -155,3 +155,23 @@ def test_init_from_takes_weights_and_starts_a_new_run(whole, data, tmp_path):
     assert job.series("step") == [1]
     fresh = whole["single"].series("loss")[0]
     assert abs(job.series("loss")[0] - fresh) > 1e-4  # trained weights, same first batch
+
+
+def test_pruning_spares_the_new_checkpoint_and_a_users_copy(data, tmp_path):
+    """Falling back past damaged checkpoints must not make the next save look old."""
+    start("single", tmp_path, data, "train.steps=4", "checkpoint.every=1", "checkpoint.keep=4")
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000001", checkpoints / "step_00000001_best")
+    for name in ("step_00000003", "step_00000004"):
+        shard = next((checkpoints / name).glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-8] + b"\xff" * 8)
+    again = ["train.steps=4", "train.stop_at_step=3", "checkpoint.every=1", "checkpoint.keep=1"]
+    start("single", tmp_path, data, *again)
+    names = sorted(f.name for f in checkpoints.iterdir() if f.is_dir())
+    assert names == ["damaged_step_00000003", "damaged_step_00000004", "step_00000001_best", "step_00000003"]
+    assert start("single", tmp_path, data, "train.steps=4").series("step") == [1, 2, 3, 4]
+
+
+def test_init_from_takes_a_run_folder(whole, data, tmp_path):
+    source = f"checkpoint.init_from={whole['single'].run_dir}"
+    assert start("single", tmp_path, data, source, "train.steps=1").series("step") == [1]

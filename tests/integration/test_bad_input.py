@@ -50,7 +50,14 @@ BAD_CONFIGS = [
     (["data.manifest=/nowhere/manifest.json"], 1, ["/nowhere/manifest.json", "does not exist", "loopline data build"]),
     (["data.manifest=bundled:stdlb"], 1, ["stdlb", "stdlib"]),
     (["data.lanes=512", "train.global_batch_sequences=512"], 1, ["too few documents", "data.lanes"]),
-    (["checkpoint.init_from=/nowhere"], 1, ["/nowhere", "not a complete checkpoint"]),
+    (["checkpoint.init_from=/nowhere"], 1, ["/nowhere", "does not exist", "run folder"]),
+    (["train.device=cuda"], 1, ["train.device = 'cuda'", "no CUDA device", "'cpu'"]),
+    (
+        ["optimizer.schedule=wsd", "optimizer.warmup_steps=9"],
+        1,
+        ["optimizer.warmup_steps = 9 and 2 steps of decay", "train.steps = 10"],
+    ),
+    (["parallel.recompute=loops:9"], 1, ["parallel.recompute = 'loops:9'", "loops 0..2"]),
 ]
 
 
@@ -134,6 +141,25 @@ def test_init_from_another_architecture_names_the_tensor(trained, data, tmp_path
     source = only_checkpoint(trained.run_dir)
     overrides = [f"checkpoint.init_from={source}", "model.d_ffn=64"]
     assert_refused(train_again(tmp_path / "new", data, *overrides), "weight/blocks.0.ffn", "another architecture")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"format": "loopline-checkpoint-1"}'])
+def test_a_checkpoint_with_broken_json_is_refused(content, run_copy, data):
+    (only_checkpoint(run_copy) / "manifest.json").write_text(content)
+    assert_refused(train_again(run_copy, data), "manifest.json")
+
+
+def test_a_run_folder_that_is_a_file_is_refused(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(train_again(tmp_path / "file" / "run", data), "run.dir", "is a file")
+
+
+def test_a_machine_without_git_trains(data, tmp_path):
+    settings = [f"run.dir={tmp_path / 'run'}", data, "train.steps=1"]
+    done = loopline("train", "debug", *[x for setting in settings for x in ("--set", setting)], PATH="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_commit"] is None
 
 
 @pytest.fixture
