@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +44,7 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
-@dataclass(frozen=True)
-class RunState:
+class RunState(Section):
     """Everything but tensors.
 
     Attributes:
@@ -58,6 +56,7 @@ class RunState:
         config: the resolved config of the run that saved.
     """
 
+    format: str = FORMAT
     step: int
     updates: int
     tokens: int
@@ -124,7 +123,7 @@ def save_weights(folder: Path, weights: dict[str, Tensor], state: RunState) -> P
 
 def _seal(aside: Path, final: Path, state: RunState) -> None:
     """Write the JSON beside the tensors, flush everything, and give the folder its name."""
-    _write_json(aside / "state.json", {"format": FORMAT, **state.__dict__})
+    _write_json(aside / "state.json", state.model_dump(mode="json"))
     files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(aside.iterdir())}
     _write_json(aside / "manifest.json", {"format": FORMAT, "files": files})
     for file in aside.iterdir():
@@ -241,9 +240,9 @@ def check(checkpoint: Path, *, hashes: bool) -> RunState:
             )
         if hashes and _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: sha256 differs from manifest.json: altered on disk; restore it")
-    state = _validated(_StateFile, _read_json(checkpoint / "state.json"), checkpoint / "state.json")
+    state = _validated(RunState, _read_json(checkpoint / "state.json"), checkpoint / "state.json")
     _validated(RunConfig, state.config, checkpoint / "state.json")
-    return RunState(**state.model_dump(exclude={"format"}))
+    return state
 
 
 def check_fits(checkpoint: Path, model: ModelConfig) -> None:
@@ -271,16 +270,6 @@ class _FileEntry(Section):
 class _FileList(Section):
     format: str
     files: dict[str, _FileEntry]
-
-
-class _StateFile(Section):
-    format: str
-    step: int
-    updates: int
-    tokens: int
-    lanes: dict[str, Any]
-    data: str
-    config: dict[str, Any]
 
 
 def _validated(schema: type[SectionT], raw: Any, file: Path) -> SectionT:
