@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from loopline.data_pipeline.tokenizer import TokenizerFile
-from loopline.models.hf.export import ParityReport, export_hf, import_hf
+from loopline.models.hf.export import export_hf, import_hf
+from loopline.models.hf.parity import ParityReport
 from loopline.pretrain import checkpoint
 from loopline.pretrain.config import RunConfig, TrainSection
 from loopline.pretrain.errors import CheckpointError

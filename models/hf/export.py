@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from loopline.models.hf.names import (
     to_hf_config,
     to_hf_weights,
 )
+from loopline.models.hf.parity import CACHED_FACTOR, ParityReport
 from loopline.models.looped_lm import LoopedLM
 
 log = logging.getLogger(__name__)
@@ -42,28 +42,6 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FP32_LEAVES = ("A_log", "dt_bias")  # stored in fp32 whatever the export's dtype
 
 N_CACHED_TOKENS = 5  # decoded one by one in the check
-# Decoding sums in another order than the forward pass, and Gated DeltaNet's output norm can magnify fp32 rounding a
-# thousandfold: measured up to 5e-4 (8e-13 in fp64). Wrong caches were off by 1.5 and 4.7.
-CACHED_FACTOR = 1000.0
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """How close the reloaded export came to the training model, in fp32, with the exported weights on both sides.
-
-    Attributes:
-        max_diff: greatest |difference| of logits after 1, 2, ... n_loops + 1 loops.
-        max_diff_cached: the same after n_loops loops, decoding from the cache, rows padded on the left among them.
-        max_logit: greatest |logit|, for scale.
-        tolerance: what max_diff does not exceed; max_diff_cached does not exceed CACHED_FACTOR times it.
-        dtype: dtype of the stored weights.
-    """
-
-    max_diff: tuple[float, ...]
-    max_diff_cached: float
-    max_logit: float
-    tolerance: float
-    dtype: str
 
 
 def export_hf(

@@ -1,12 +1,8 @@
 """The README.md an export carries: what the model is, how to load it, what was checked, what it cannot do."""
 
-from typing import TYPE_CHECKING
-
 from loopline.models.config import ModelConfig
 from loopline.models.flops import model_parameters
-
-if TYPE_CHECKING:  # export imports this module
-    from loopline.models.hf.export import ParityReport
+from loopline.models.hf.parity import ParityReport
 
 CARD = """\
 ---
@@ -44,7 +40,7 @@ each of 1 to {n_checked} loops, and within {max_diff_cached:.1e} decoding from t
 """
 
 
-def model_card(config: ModelConfig, report: "ParityReport", name: str) -> str:
+def model_card(config: ModelConfig, report: ParityReport, name: str) -> str:
     """Text of README.md for an export called `name`."""
     return CARD.format(
         name=name,
