@@ -195,10 +195,15 @@ def test_the_tour_prints_what_the_readme_shows(tmp_path):
     assert log.index("layout: tp 1 pp 2 dp 1") < log.index("layout: tp 2 pp 1 dp 1")
     assert f"continuing from {tour}/checkpoints/step_{n_steps // 2:08d} at step {n_steps // 2}" in log
 
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(printed["export"], trust_remote_code=True)
-    assert sum(p.numel() for p in model.parameters()) > 1e6
+    # In a process of its own: transformers keeps the code of the first export it loads for the life of a process.
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert sum(p.numel() for p in model.parameters()) > 1e6\n"
+    )
+    load = [sys.executable, "-c", program, printed["export"]]
+    loaded = subprocess.run(load, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr
 
 
 # Names, links and tables.
