@@ -59,12 +59,12 @@ class Topology:
         if self.world_size > 1:
             dist.barrier()
 
-    def all_reduce(self, values: list[float], op: str = "sum", group: dist.ProcessGroup | None = None) -> list[float]:
-        """Combine numbers over the world, or over `group`, in float64; op is "sum" or "max"."""
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """Sum numbers over the world, in float64."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(tensor)
         return tensor.tolist()  # host sync
 
     def gather(self, part: dict[str, Any]) -> dict[str, Any]:
