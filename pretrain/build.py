@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from loopline.kernels.backends import check_backend
 from loopline.kernels.errors import BackendError
-from loopline.kernels.gated_delta.op import check_backend
+from loopline.kernels.gated_delta.op import BACKENDS
 from loopline.models.init import init_weights
 from loopline.models.looped_lm import LoopedLM
 from loopline.pretrain.config import RunConfig, parse_recompute
@@ -110,6 +111,6 @@ def chosen_backends(config: RunConfig, device: torch.device) -> dict[str, str]:
     if "gdn" not in config.model.mixer_names:
         return {}
     try:
-        return {"gated_delta": check_backend(config.model.gdn.backend, device.type)}
+        return {"gated_delta": check_backend("gated_delta", BACKENDS, config.model.gdn.backend, device.type)}
     except BackendError as error:
         raise ConfigError(f"model.gdn.backend = {config.model.gdn.backend!r}: {error}") from None

@@ -1,39 +1,11 @@
 """Gated delta rule, public op: one signature over the torch reference and fla's Triton kernels."""
 
-import functools
-import importlib.util
-import itertools
-
-import torch
 from torch import Tensor
 
-from loopline.kernels.errors import BackendError
+from loopline.kernels import backends
 from loopline.kernels.gated_delta import reference
 
-BACKENDS = ("reference", "fla")
-
-
-def available_backends(device_type: str) -> list[str]:
-    """Backends that can run on `device_type` ("cpu" or "cuda") here, the preferred one first."""
-    has_fla = device_type == "cuda" and importlib.util.find_spec("fla") is not None
-    return ["fla", "reference"] if has_fla else ["reference"]
-
-
-def check_backend(backend: str, device_type: str) -> str:
-    """Resolve "auto" and refuse what cannot run.
-
-    Raises:
-        BackendError: `backend` is not one of those available on `device_type`.
-    """
-    available = available_backends(device_type)
-    if backend == "auto":
-        return available[0]
-    if backend not in available:
-        raise BackendError(
-            f"gated_delta backend {backend!r} is not available on {device_type}; available: {', '.join(available)}"
-            + (" (fla: pip install 'loopline[gpu]')" if backend == "fla" else "")
-        )
-    return backend
+BACKENDS = ("fla", "reference")  # preferred first
 
 
 def gated_delta(
@@ -58,7 +30,7 @@ def gated_delta(
         scale: factor on q.
         cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
         initial_state: [N, H, K, V], fp32; None means zeros.
-        backend: "reference" or "fla"; resolve "auto" once with `check_backend`.
+        backend: "reference" or "fla"; resolve "auto" once with `backends.check_backend`.
     Returns:
         o: [1, T, H, V] in v.dtype; final_state: [N, H, K, V], fp32.
     Raises:
@@ -67,14 +39,14 @@ def gated_delta(
     Reference: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
     _check_shapes(q, k, v, g, beta, cu_seqlens)
-    _check_state(q, v, cu_seqlens, initial_state)
+    backends.check_state(initial_state, (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3]))
     if backend == "reference":
         return reference.chunked(
             q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state
         )
     if backend == "fla":
         return _fla(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
-    raise BackendError(f"gated_delta backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    raise backends.unknown("gated_delta", backend, BACKENDS)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: list[int]) -> None:
@@ -82,18 +54,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want [1, T, H, K|V] alike")
     if g.shape != q.shape[:3] or beta.shape != q.shape[:3]:
         raise ValueError(f"g {tuple(g.shape)} and beta {tuple(beta.shape)} must be [1, T, H] = {tuple(q.shape[:3])}")
-    if q.shape[0] != 1:
-        raise ValueError(f"batch is {q.shape[0]}; pack sequences into one row and give their cu_seqlens")
-    rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
-    if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1] or not rising:
-        raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {q.shape[1]}")
-
-
-def _check_state(q: Tensor, v: Tensor, cu_seqlens: list[int], initial_state: Tensor | None) -> None:
-    want = (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3])
-    # Checked, because too many rows or a size of 1 would broadcast or be cut without an error.
-    if initial_state is not None and initial_state.shape != want:
-        raise ValueError(f"initial_state {tuple(initial_state.shape)} must be [N, H, K, V] = {want}")
+    backends.check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
@@ -110,10 +71,5 @@ def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore
         scale=scale,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=_on_device(tuple(cu_seqlens), q.device),
+        cu_seqlens=backends.boundaries_on(tuple(cu_seqlens), q.device),
     )
-
-
-@functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop
-def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)

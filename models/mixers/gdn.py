@@ -1,18 +1,15 @@
 """Gated DeltaNet: short convolutions, L2-normalised keys, a decaying delta-rule state, gated RMSNorm output."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loopline.kernels.gated_delta.op import check_backend, gated_delta
+from loopline.kernels.backends import check_backend
+from loopline.kernels.gated_delta.op import BACKENDS, gated_delta
 from loopline.kernels.short_conv.op import short_conv
 from loopline.models.config import ModelConfig
 from loopline.models.layers import Linear, RMSNorm
 from loopline.models.packing import Packing
-
-_backend = functools.cache(check_backend)  # looked up once, not at every block and loop
 
 
 class GatedDelta(nn.Module):
@@ -61,7 +58,7 @@ class GatedDelta(nn.Module):
             beta=beta,
             scale=self.d_head_k**-0.5,
             cu_seqlens=packing.cu_seqlens,
-            backend=_backend(self.backend, x.device.type),
+            backend=check_backend("gated_delta", BACKENDS, self.backend, x.device.type),
         )
         gate = self.g_proj(x).unflatten(-1, (-1, self.d_head_v))
         return self.o_proj((self.o_norm(o) * F.silu(gate)).flatten(2))

@@ -1,0 +1,82 @@
+"""What every op shares: which backends can run here, and the checks of a packed row."""
+
+import functools
+import importlib.util
+import itertools
+
+import torch
+from torch import Tensor
+
+from loopline.kernels.errors import BackendError
+
+# Backend -> device types it runs on, and the package it needs. An op lists the backends it has, preferred first.
+_NEEDS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "fla": (("cuda",), "fla"),
+    "sdpa": (("cpu", "cuda"), None),
+    "reference": (("cpu", "cuda"), None),
+}
+
+
+def available_backends(backends: tuple[str, ...], device_type: str) -> list[str]:
+    """Those of `backends` that can run on `device_type` ("cpu" or "cuda") here, in the order given."""
+    return [name for name in backends if device_type in _NEEDS[name][0] and _is_installed(_NEEDS[name][1])]
+
+
+def check_backend(op: str, backends: tuple[str, ...], backend: str, device_type: str) -> str:
+    """Resolve "auto" and refuse what cannot run.
+
+    Args:
+        op: its name, for the message.
+        backends: what the op has, preferred first.
+        backend: one of them, or "auto".
+    Raises:
+        BackendError: `backend` is not one of those available on `device_type`.
+    """
+    available = available_backends(backends, device_type)
+    if backend == "auto":
+        return available[0]
+    if backend not in available:
+        raise BackendError(
+            f"{op} backend {backend!r} is not available on {device_type}; available: {', '.join(available)}"
+            + (" (fla: pip install 'loopline[gpu]')" if backend == "fla" else "")
+        )
+    return backend
+
+
+def unknown(op: str, backend: str, backends: tuple[str, ...]) -> BackendError:
+    """What an op raises when called with a name it does not have."""
+    return BackendError(f"{op} backend {backend!r} is unknown; known: {', '.join(backends)}")
+
+
+def check_boundaries(cu_seqlens: list[int], n_rows: int, n_tokens: int) -> None:
+    """Refuse a batch of more than one row, and boundaries that do not rise from 0 to n_tokens.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if n_rows != 1:
+        raise ValueError(f"batch is {n_rows}; pack sequences into one row and give their cu_seqlens")
+    is_rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
+    if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or not is_rising:
+        raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {n_tokens}")
+
+
+def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:
+    """Refuse a state of another shape: too many rows or a size of 1 would broadcast or be cut without an error.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if state is not None and state.shape != want:
+        raise ValueError(f"initial_state {tuple(state.shape)} must be [N, H, K, V] = {want}")
+
+
+@functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop
+def boundaries_on(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """cu_seqlens as the int32 tensor GPU kernels want."""
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _is_installed(package: str | None) -> bool:
+    return package is None or importlib.util.find_spec(package) is not None

@@ -1,0 +1,36 @@
+"""A backend is resolved once; one that cannot run is refused with those that can."""
+
+import importlib.util
+
+import pytest
+
+from loopline.kernels import backends
+from loopline.kernels.backends import available_backends, check_backend
+from loopline.kernels.errors import BackendError
+
+BOTH = ("fla", "reference")
+
+
+def test_a_backend_that_does_not_exist_is_refused_and_those_that_run_are_named() -> None:
+    with pytest.raises(BackendError, match=r"delta backend 'fast' is not available on cpu; available: reference"):
+        check_backend("delta", BOTH, "fast", "cpu")
+
+
+def test_a_backend_of_another_device_is_refused_with_how_to_get_it() -> None:
+    with pytest.raises(BackendError, match=r"'fla' is not available on cpu; available: reference.*loopline\[gpu\]"):
+        check_backend("delta", BOTH, "fla", "cpu")
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_auto_takes_the_first_that_is_installed(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._is_installed.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    try:
+        assert available_backends(BOTH, "cpu") == ["reference"]
+        assert check_backend("delta", BOTH, "auto", "cuda") == ("fla" if is_installed else "reference")
+        assert check_backend("delta", BOTH, "reference", "cuda") == "reference"
+        if not is_installed:
+            with pytest.raises(BackendError, match="available: reference"):
+                check_backend("delta", BOTH, "fla", "cuda")
+    finally:
+        backends._is_installed.cache_clear()
