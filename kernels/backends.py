@@ -15,6 +15,10 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "sdpa": (("cpu", "cuda"), None),
     "reference": (("cpu", "cuda"), None),
 }
+# (op, backend) -> the only dtypes it has kernels for.
+_ONLY_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
+    ("delta_rule", "fla"): (torch.bfloat16, torch.float16),
+}
 
 
 def available_backends(backends: tuple[str, ...], device_type: str) -> list[str]:
@@ -22,22 +26,31 @@ def available_backends(backends: tuple[str, ...], device_type: str) -> list[str]
     return [name for name in backends if device_type in _NEEDS[name][0] and _is_installed(_NEEDS[name][1])]
 
 
-def check_backend(op: str, backends: tuple[str, ...], backend: str, device_type: str) -> str:
+def check_backend(
+    op: str, backends: tuple[str, ...], backend: str, device_type: str, dtype: torch.dtype | None = None
+) -> str:
     """Resolve "auto" and refuse what cannot run.
 
     Args:
-        op: its name, for the message.
+        op: its name.
         backends: what the op has, preferred first.
         backend: one of them, or "auto".
+        dtype: of q, k and v; a backend without kernels for it is not available. None: not looked at.
     Raises:
-        BackendError: `backend` is not one of those available on `device_type`.
+        BackendError: `backend` is not one of those available on `device_type` in `dtype`.
     """
-    available = available_backends(backends, device_type)
+    available = [
+        name
+        for name in available_backends(backends, device_type)
+        if dtype is None or dtype in _ONLY_DTYPES.get((op, name), (dtype,))
+    ]
     if backend == "auto":
         return available[0]
     if backend not in available:
         raise BackendError(
-            f"{op} backend {backend!r} is not available on {device_type}; available: {', '.join(available)}"
+            f"{op} backend {backend!r} is not available on {device_type}"
+            + (f" in {dtype}" if dtype is not None and (op, backend) in _ONLY_DTYPES else "")
+            + f"; available: {', '.join(available)}"
             + (" (fla: pip install 'loopline[gpu]')" if backend == "fla" else "")
         )
     return backend
@@ -59,6 +72,20 @@ def check_boundaries(cu_seqlens: list[int], n_rows: int, n_tokens: int) -> None:
     is_rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
     if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or not is_rising:
         raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {n_tokens}")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse keys and values that differ, another head size than q's, and key/value heads that do not divide H.
+
+    Raises:
+        ValueError: with the shapes found.
+    """
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want q [1, T, H, D], k and v [1, T, G, D]"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
 
 
 def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:

@@ -21,9 +21,6 @@ TOLERANCES: dict[tuple[str, str], float] = {
     ("bf16", "grad_norm"): 5e-2,
     # Two forms of the same fp32 op (chunks against recurrence), RMS.
     ("fp32", "op"): 5e-6,
-    # The same where some tokens decay by exp(-50) or more: inside a chunk the chunked form subtracts running sums of g,
-    # and at sums near 1000 one fp32 rounding of a sum moves its exponential by 6e-5. Measured 2e-5.
-    ("fp32", "op_strong_decay"): 5e-5,
     # The same, through a whole looped model.
     ("fp32", "logits"): 5e-5,
     # Every gradient of a whole model against the same maths written otherwise (unrolled loops, transformers), RMS.
@@ -35,6 +32,10 @@ TOLERANCES: dict[tuple[str, str], float] = {
     ("bf16", "weight_rounding"): 3.0,
     # All gradients of a one-loop model together, each scaled by its RMS. Measured 0.03 to 0.07.
     ("bf16", "gradients"): 1e-1,
+    # Outputs and gradients of fla's bf16 kernels under Triton's interpreter, against the fp64 reference of the same
+    # rounded inputs, RMS: they round to bf16 between their steps. Measured 6.8e-3 at most over eight seeds (delta rule,
+    # which forgets nothing); q scaled wrong by one percent shows as 1e-2.
+    ("bf16", "interpreted_kernel"): 8e-3,
 }
 
 

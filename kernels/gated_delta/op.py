@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from loopline.kernels import backends
-from loopline.kernels.gated_delta import reference
+from loopline.kernels.backends import boundaries_on, check_boundaries, check_state, unknown
+from loopline.kernels.gated_delta.reference import chunked
 
 BACKENDS = ("fla", "reference")  # preferred first
 
@@ -30,7 +30,7 @@ def gated_delta(
         scale: factor on q.
         cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
         initial_state: [N, H, K, V], fp32; None means zeros.
-        backend: "reference" or "fla"; resolve "auto" once with `backends.check_backend`.
+        backend: "reference" or "fla"; resolve "auto" once with `kernels.backends.check_backend`.
     Returns:
         o: [1, T, H, V] in v.dtype; final_state: [N, H, K, V], fp32.
     Raises:
@@ -39,14 +39,12 @@ def gated_delta(
     Reference: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
     _check_shapes(q, k, v, g, beta, cu_seqlens)
-    backends.check_state(initial_state, (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3]))
+    check_state(initial_state, (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3]))
     if backend == "reference":
-        return reference.chunked(
-            q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state
-        )
+        return chunked(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
     if backend == "fla":
         return _fla(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
-    raise backends.unknown("gated_delta", backend, BACKENDS)
+    raise unknown("gated_delta", backend, BACKENDS)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: list[int]) -> None:
@@ -54,7 +52,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want [1, T, H, K|V] alike")
     if g.shape != q.shape[:3] or beta.shape != q.shape[:3]:
         raise ValueError(f"g {tuple(g.shape)} and beta {tuple(beta.shape)} must be [1, T, H] = {tuple(q.shape[:3])}")
-    backends.check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
+    check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
@@ -71,5 +69,5 @@ def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore
         scale=scale,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=backends.boundaries_on(tuple(cu_seqlens), q.device),
+        cu_seqlens=boundaries_on(tuple(cu_seqlens), q.device),
     )

@@ -79,23 +79,26 @@ def chunked(
     chunks = Chunks.of(cu_seqlens, chunk_size, q.device)
     q, k, v, g, beta = (chunks.split(x) for x in (q, k, v, g, beta))  # [NT, H, C, K|V], g and beta [NT, H, C]
     q = q * scale
-    decay = g.cumsum(-1)  # [NT, H, C]
+    # Sums in fp64: after a decay of exp(-1000), fp32 differences of sums, and their gradients, miss the small decays.
+    decay = g.double().cumsum(-1)  # [NT, H, C]
     lower = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=q.device).tril()
     # Mask before exp: above the diagonal the difference is positive and could overflow, and inf * 0 has no gradient.
-    ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, float("-inf")).exp()  # [NT, H, C, C]
+    difference = (decay[..., :, None] - decay[..., None, :]).to(q.dtype)
+    ratio = difference.masked_fill(~lower, float("-inf")).exp()  # [NT, H, C, C]
+    from_start = decay.to(q.dtype).exp()[..., None]  # [NT, H, C, 1]
     k_beta = k * beta[..., None]
     a = (k_beta @ k.mT * ratio).tril(-1)
-    rhs = torch.cat([v * beta[..., None], k_beta * decay.exp()[..., None]], dim=-1)
+    rhs = torch.cat([v * beta[..., None], k_beta * from_start], dim=-1)
     u, w = torch.linalg.solve_triangular(a, rhs, upper=False, unitriangular=True).split([d_v, d_k], dim=-1)
     scores = q @ k.mT * ratio
-    q_in = q * decay.exp()[..., None]
-    last = decay[..., -1:]  # [NT, H, 1]
-    k_out = k * (last - decay).exp()[..., None]
+    q_in = q * from_start
+    k_out = k * ratio[..., -1, :, None]
+    whole = from_start[..., -1:, :]  # [NT, H, 1, 1]
 
     def step(rows: list[int], state: Tensor) -> tuple[Tensor, Tensor]:
         v_new = u[rows] - w[rows] @ state
         o = q_in[rows] @ state + scores[rows] @ v_new
-        return o, state * last[rows].exp()[..., None] + k_out[rows].mT @ v_new
+        return o, state * whole[rows] + k_out[rows].mT @ v_new
 
     if initial_state is None:
         initial_state = q.new_zeros(len(cu_seqlens) - 1, n_heads, d_k, d_v)

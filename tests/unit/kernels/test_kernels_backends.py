@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 
 from loopline.kernels import backends
 from loopline.kernels.backends import available_backends, check_backend
@@ -34,3 +35,12 @@ def test_auto_takes_the_first_that_is_installed(is_installed: bool, monkeypatch:
                 check_backend("delta", BOTH, "fla", "cuda")
     finally:
         backends._is_installed.cache_clear()
+
+
+def test_a_backend_without_kernels_for_the_dtype_is_passed_over_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    assert check_backend("delta_rule", BOTH, "auto", "cuda", torch.bfloat16) == "fla"
+    assert check_backend("delta_rule", BOTH, "auto", "cuda", torch.float32) == "reference"
+    assert check_backend("gated_delta", BOTH, "auto", "cuda", torch.float32) == "fla"
+    with pytest.raises(BackendError, match=r"'fla' is not available on cuda in torch.float32; available: reference"):
+        check_backend("delta_rule", BOTH, "fla", "cuda", torch.float32)

@@ -1,0 +1,79 @@
+"""Delta rule (DeltaNet), public op: one signature over the torch reference and fla's Triton kernels."""
+
+import torch
+from torch import Tensor
+
+from loopline.kernels.backends import boundaries_on, check_boundaries, check_state, unknown
+from loopline.kernels.delta_rule.reference import chunked
+
+BACKENDS = ("fla", "reference")  # preferred first
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor,
+    scale: float,
+    cu_seqlens: list[int],
+    initial_state: Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Delta rule: S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t.
+
+    Args:
+        q, k: [1, T, H, K], bf16 or fp32 (bf16 or fp16 with fla), L2-normalised over K by the caller.
+        v: [1, T, H, V], same dtype as q.
+        beta: [1, T, H], in (0, 1), or (0, 2) with negative eigenvalues.
+        scale: factor on q.
+        cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
+        initial_state: [N, H, K, V], fp32; None means zeros.
+        backend: "reference" or "fla"; resolve "auto" once with `kernels.backends.check_backend`.
+    Returns:
+        o: [1, T, H, V] in v.dtype; final_state: [N, H, K, V], fp32.
+    Raises:
+        ValueError: shapes disagree, cu_seqlens does not run from 0 to T in rising order, or fla gets a dtype it
+            has no kernel for.
+        BackendError: unknown backend.
+    Reference: Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv:2406.06484.
+    """
+    _check_shapes(q, k, v, beta, cu_seqlens)
+    check_state(initial_state, (len(cu_seqlens) - 1, *q.shape[2:], v.shape[3]))
+    if backend == "reference":
+        return chunked(q, k, v, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    if backend == "fla":
+        return _fla(q, k, v, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    raise unknown("delta_rule", backend, BACKENDS)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, cu_seqlens: list[int]) -> None:
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want [1, T, H, K|V] alike")
+    if beta.shape != q.shape[:3]:
+        raise ValueError(f"beta {tuple(beta.shape)} must be [1, T, H] = {tuple(q.shape[:3])}")
+    check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
+
+
+def _fla(q, k, v, *, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
+    # fla 0.6.0 asserts on fp32, with no word on what a training run should change.
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"delta_rule backend 'fla' got {name} in {x.dtype} and computes in bf16 or fp16 only; "
+                "set train.dtype=bf16 or take backend 'reference'"
+            )
+    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only, like every call of fla:
+    # its forms do not agree on the order of arguments.
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(
+        q=q,
+        k=k,
+        v=v,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=boundaries_on(tuple(cu_seqlens), q.device),
+    )

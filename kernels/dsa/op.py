@@ -1,0 +1,334 @@
+"""DeepSeek sparse attention for grouped queries: an indexer picks keys, attention sees only those, a KL term trains it.
+
+Plain torch, by blocks of queries. The model learns through `sparse_attention` only and the indexer through
+`indexer_loss` only; nothing flows through the selection. Projections and rotary positions are the mixer's.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from loopline.kernels.backends import check_boundaries
+from loopline.kernels.dsa.blocks import Block, blocks
+from loopline.kernels.precision import wide
+
+BACKENDS = ("reference",)  # no function here takes a backend while there is only one
+
+SumHeads = Callable[[Tensor], Tensor]  # [BT, S] over this rank's heads -> the same over all heads
+
+
+class IndexerLoss(NamedTuple):
+    """The indexer's KL loss and its gradients, all fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        loss_sum: scalar, sum over queries.
+        dq_index: [1, T, HI, DI].
+        dk_index: [1, T, DI].
+        dweights: [1, T, HI].
+    """
+
+    loss_sum: Tensor
+    dq_index: Tensor
+    dk_index: Tensor
+    dweights: Tensor
+
+
+def index_scores(q_index: Tensor, k_index: Tensor, weights: Tensor) -> Tensor:
+    """I_ts = sum_j w_tj relu(q_tj . k_s), of every query with every key, no mask.
+
+    There is no scale here: the caller multiplies `weights` by HI ** -0.5 * DI ** -0.5. It does not change which keys
+    are selected, but it is the temperature of the softmax that `indexer_loss` fits.
+
+    Args:
+        q_index: [T, HI, DI].
+        k_index: [S, DI], one key for all index heads.
+        weights: [T, HI].
+    Returns:
+        [T, S], fp32, or fp64 for fp64 inputs.
+    Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 1.
+    """
+    return _weigh(_index_heads(q_index, k_index), weights)
+
+
+@torch.no_grad()
+def select(
+    q_index: Tensor, k_index: Tensor, weights: Tensor, *, top_k: int, cu_seqlens: list[int], block_size: int = 128
+) -> Tensor:
+    """The `top_k` keys of each query's own past with the highest index scores, shared by all attention heads.
+
+    A query with fewer than top_k tokens up to its own takes each of them once. Of equal scores the lower position wins.
+    NaN counts as inf.
+
+    Args:
+        q_index: [1, Tq, HI, DI]. Tq < T only with a single document: then its last Tq tokens (decoding).
+        k_index: [1, T, DI].
+        weights: [1, Tq, HI], scaled by the caller, see `index_scores`.
+        top_k: >= 1.
+        cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
+        block_size: queries scored at once; memory is block_size * HI * T.
+    Returns:
+        [Tq, K], int32, K = min(top_k, longest document): positions in the row, rising, then -1 in the empty slots.
+        No gradient.
+    Raises:
+        ValueError: shapes disagree, bad cu_seqlens, top_k or block_size below 1.
+    Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 1 and 2.
+    """
+    _check_index(q_index, k_index, weights)
+    _check_row(q_index, k_index, cu_seqlens, block_size)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    n_slots = min(top_k, max(end - start for start, end in itertools.pairwise(cu_seqlens)))
+    selection = torch.empty(q_index.shape[1], n_slots, dtype=torch.int32, device=q_index.device)
+    for block in blocks(cu_seqlens, q_index.shape[1], block_size):
+        scores = index_scores(q_index[0, block.queries], k_index[0, block.keys], weights[0, block.queries])
+        selection[block.queries] = _highest(scores, block, n_slots)
+    return selection
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Tensor | None,
+    *,
+    cu_seqlens: list[int],
+    scale: float | None = None,
+    block_size: int = 128,
+) -> Tensor:
+    """softmax(scale q k^T) v over the selected keys of each query; gradients to q, k and v.
+
+    Each block is recomputed in the backward pass, so probabilities are not kept.
+
+    Args:
+        q: [1, Tq, H, D]. Tq < T only with a single document: then its last Tq tokens (decoding).
+        k: [1, T, G, D], G divides H (grouped queries).
+        v: [1, T, G, V].
+        selection: [Tq, K] from `select`; None means all of the past (dense warm-up). Positions outside a query's past
+            are ignored; a query left with none gives NaN.
+        cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
+        scale: factor on q k^T; None means D ** -0.5.
+        block_size: queries attended at once; memory is block_size * H * T.
+    Returns:
+        [1, Tq, H, V] in v.dtype; computed in fp32, or in fp64 for fp64 inputs.
+    Raises:
+        ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
+    Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 2; GQA: Ainslie et al., arXiv:2305.13245.
+    """
+    _check_attention(q, k, selection)
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in [1, T, G]")
+    _check_row(q, k, cu_seqlens, block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    dtype, needs_grad = v.dtype, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    q, k, v = (wide(x[0]) for x in (q, k, v))  # once, so that gradients of k and v add up over blocks in fp32
+    outputs = []
+    for block in blocks(cu_seqlens, q.shape[0], block_size):
+        inputs = (q[block.queries], k[block.keys], v[block.keys], selection, block, scale)
+        if needs_grad:
+            outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(_attend(*inputs))
+    return torch.cat(outputs)[None].to(dtype)
+
+
+@torch.no_grad()
+def indexer_loss(
+    q: Tensor,
+    k: Tensor,
+    selection: Tensor | None,
+    *,
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    cu_seqlens: list[int],
+    scale: float | None = None,
+    sum_heads: SumHeads | None = None,
+    block_size: int = 128,
+) -> IndexerLoss:
+    """sum_t KL(p_t || softmax(I_t)) over a set of keys, with its gradients; p_t is what attention did, I the scores.
+
+    p_t is the sum over heads of softmax(scale q_t k^T) over the set, divided by its own sum. The gradient in I is
+    softmax(I_t) - p_t, linear in p_t: where several loops share one selection and indexer, the mean of the gradients
+    returned for each is that of KL(mean of p_t || softmax(I_t)). No graph is built; pass the gradients on by hand.
+    A query with one key in its set adds exactly 0.
+
+    Args:
+        q: [1, T, H, D], the main attention's.
+        k: [1, T, G, D], G divides H.
+        selection: [T, K]: the set is the selected keys (sparse stage); None: all of the past (dense warm-up).
+        q_index, k_index, weights: [1, T, HI, DI], [1, T, DI], [1, T, HI], as given to `select`.
+        cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
+        scale: factor on q k^T; None means D ** -0.5.
+        sum_heads: adds up the head sums of all tensor-parallel ranks (an all-reduce), before normalising; called once
+            a block, with the same shapes on every rank. None: this rank has all heads.
+        block_size: queries at once; memory is block_size * (H + HI) * T.
+    Raises:
+        ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
+    Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 3 (dense) and 4 (sparse).
+    """
+    _check_attention(q, k, selection)
+    _check_index(q_index, k_index, weights)
+    if not q.shape[1] == k.shape[1] == q_index.shape[1] == k_index.shape[1]:
+        tokens = [x.shape[1] for x in (q, k, q_index, k_index)]
+        raise ValueError(f"tokens in q, k, q_index, k_index are {tokens}; the loss wants all alike")
+    _check_row(q, k, cu_seqlens, block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q, k, q_index, k_index, weights = (wide(x[0]) for x in (q, k, q_index, k_index, weights))
+    loss_sum = q_index.new_zeros(())
+    dq_index, dk_index, dweights = (torch.zeros_like(x) for x in (q_index, k_index, weights))
+    for block in blocks(cu_seqlens, q.shape[0], block_size):
+        rows, keys = block.queries, block.keys
+        allowed = block.allowed(selection, q.device)
+        target = _head_mass(q[rows], k[keys], allowed, scale, sum_heads)  # [BT, S]
+        heads = _index_heads(q_index[rows], k_index[keys])
+        log_predicted = _weigh(heads, weights[rows]).masked_fill(~allowed, float("-inf")).log_softmax(-1)
+        # Outside the set target is 0 and log_predicted -inf: their product would be NaN.
+        cross = target * log_predicted.masked_fill(~allowed, 0.0)
+        loss_sum += (torch.xlogy(target, target) - cross).sum()
+        dscores = log_predicted.exp() - target  # [BT, S], 0 outside the set
+        dweights[rows] = torch.einsum("ts,tjs->tj", dscores, heads)
+        dheads = dscores[:, None] * weights[rows][..., None] * (heads > 0)  # [BT, HI, S]; relu has slope 0 at 0
+        dq_index[rows] = torch.einsum("tjs,sd->tjd", dheads, k_index[keys])
+        dk_index[keys] += torch.einsum("tjs,tjd->sd", dheads, q_index[rows])
+    return IndexerLoss(loss_sum, dq_index[None], dk_index[None], dweights[None])
+
+
+@torch.no_grad()
+def attention_recall(
+    q: Tensor,
+    k: Tensor,
+    selection: Tensor,
+    *,
+    cu_seqlens: list[int],
+    scale: float | None = None,
+    sum_heads: SumHeads | None = None,
+    block_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """How much of dense attention's mass the selection holds, and how much the best choice of as many keys would.
+
+    A query's mass is its dense probabilities averaged over heads. Recall is the ratio of the two sums.
+
+    Args:
+        q, k, cu_seqlens, scale, sum_heads, block_size: as in `indexer_loss`.
+        selection: [T, K] from `select`; K keys (or all, where a query has fewer) is also what the best choice gets.
+    Returns:
+        mass_selected_sum, mass_best_sum: scalars, fp32 (fp64 for fp64 inputs), sums over queries.
+    Raises:
+        ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
+    """
+    _check_attention(q, k, selection)
+    _check_row(q, k, cu_seqlens, block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q, k = wide(q[0]), wide(k[0])
+    selected_sum, best_sum = q.new_zeros(()), q.new_zeros(())
+    for block in blocks(cu_seqlens, q.shape[0], block_size):
+        mass = _head_mass(q[block.queries], k[block.keys], block.causal(q.device), scale, sum_heads)
+        selected_sum += mass.masked_fill(~block.allowed(selection, q.device), 0.0).sum()
+        best_sum += mass.topk(min(selection.shape[1], block.n_keys), dim=-1).values.sum()
+    return selected_sum, best_sum
+
+
+def selection_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    """How far two selections of one row agree, e.g. those of two loops.
+
+    Args:
+        a, b: [T, Ka] and [T, Kb], from `select`.
+    Returns:
+        sum over queries of |A_t and B_t| / |A_t|, a scalar in fp32; and the number of queries.
+    Raises:
+        ValueError: different numbers of queries.
+    """
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"selections are over {a.shape[0]} and {b.shape[0]} queries; they must be of one row")
+    ordered = b.masked_fill(b < 0, torch.iinfo(b.dtype).max).sort(dim=-1).values  # empty slots last
+    place = torch.searchsorted(ordered, a.contiguous()).clamp_max(b.shape[1] - 1)
+    is_valid = a >= 0
+    is_shared = (ordered.gather(1, place) == a) & is_valid
+    return (is_shared.sum(-1) / is_valid.sum(-1)).sum(), a.shape[0]
+
+
+def _index_heads(q_index: Tensor, k_index: Tensor) -> Tensor:
+    """relu(q_tj . k_s): [BT, HI, DI], [S, DI] -> [BT, HI, S]."""
+    return torch.einsum("tjd,sd->tjs", wide(q_index), wide(k_index)).relu()
+
+
+def _weigh(heads: Tensor, weights: Tensor) -> Tensor:
+    """[BT, HI, S], [BT, HI] -> [BT, S]."""
+    return torch.einsum("tjs,tj->ts", heads, wide(weights))
+
+
+def _highest(scores: Tensor, block: Block, n_slots: int) -> Tensor:
+    """[BT, S] scores -> [BT, n_slots] positions in the row, rising, then -1.
+
+    A threshold and a count rather than the indices of topk, which promises nothing about ties.
+    """
+    causal = block.causal(scores.device)
+    n = min(n_slots, block.n_keys)
+    # NaN does not compare: as inf, it is selected and the loss shows it.
+    scores = scores.masked_fill(scores.isnan(), float("inf")).masked_fill(~causal, float("-inf"))
+    threshold = scores.topk(n, dim=-1).values[:, -1:]  # -inf where fewer than n keys are in the past
+    is_above = scores > threshold
+    is_tied = scores == threshold
+    n_tied = n - is_above.sum(-1, keepdim=True)
+    chosen = (is_above | (is_tied & (is_tied.cumsum(-1) <= n_tied))) & causal
+    slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, n_slots)  # one spare slot takes the rest
+    positions = torch.arange(block.keys.start, block.keys.stop, dtype=torch.int32, device=scores.device)
+    empty = positions.new_full((block.n_queries, n_slots + 1), -1)
+    return empty.scatter_(1, slot, positions.expand_as(slot))[:, :n_slots]
+
+
+def _probabilities(q: Tensor, k: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """[BT, H, D], [S, G, D], [BT, S] -> [G, H/G, BT, S]."""
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [BT, G, H/G, D]
+    scores = torch.einsum("tgrd,sgd->grts", grouped * scale, k)
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, selection: Tensor | None, block: Block, scale: float) -> Tensor:
+    """[BT, H, D], [S, G, D], [S, G, V] -> [BT, H, V]."""
+    p = _probabilities(q, k, block.allowed(selection, q.device), scale)
+    return torch.einsum("grts,sgv->tgrv", p, v).flatten(1, 2)
+
+
+def _head_mass(q: Tensor, k: Tensor, allowed: Tensor, scale: float, sum_heads: SumHeads | None) -> Tensor:
+    """Attention probabilities summed over all heads, each query's then brought to sum 1: [BT, S]."""
+    mass = _probabilities(q, k, allowed, scale).sum((0, 1))
+    mass = mass if sum_heads is None else sum_heads(mass)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def _check_attention(q: Tensor, k: Tensor, selection: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [1, T, H, D] and [1, T, G, D]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if selection is not None and (selection.dim() != 2 or selection.shape[0] != q.shape[1]):
+        raise ValueError(f"selection {tuple(selection.shape)} must be [T, K] with T = {q.shape[1]}, the queries")
+
+
+def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
+    is_alike = q_index.dim() == 4 and k_index.dim() == 3 and q_index.shape[3] == k_index.shape[2]
+    if not is_alike or weights.shape != q_index.shape[:3]:
+        raise ValueError(
+            f"q_index {tuple(q_index.shape)}, k_index {tuple(k_index.shape)}, weights {tuple(weights.shape)}: "
+            "want [1, T, HI, DI], [1, T, DI], [1, T, HI]"
+        )
+
+
+def _check_row(q: Tensor, k: Tensor, cu_seqlens: list[int], block_size: int) -> None:
+    """`q` and `k`: whatever has a token axis second, queries and keys."""
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"batch of queries is {q.shape[0]} and of keys {k.shape[0]}; both must be 1")
+    check_boundaries(cu_seqlens, k.shape[0], n_keys)
+    if n_queries > n_keys or (n_queries < n_keys and len(cu_seqlens) != 2):
+        raise ValueError(
+            f"{n_queries} queries against {n_keys} keys in {len(cu_seqlens) - 1} document(s): "
+            "only a single document may have fewer queries, its last tokens"
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
