@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from loopline.models.config import ModelConfig
+from loopline.models.context import BlockContext
 from loopline.models.ffn import SwiGLU
 from loopline.models.layers import RMSNorm
 from loopline.models.mixers.registry import build_mixer
-from loopline.models.packing import Packing
 
 
 class Block(nn.Module):
@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.mixer_out_norm = RMSNorm(config.d_model, config.norm_eps) if is_sandwich else nn.Identity()
         self.ffn_out_norm = RMSNorm(config.d_model, config.norm_eps) if is_sandwich else nn.Identity()
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """[1, T, C] -> [1, T, C]."""
-        x = x + self.mixer_out_norm(self.mixer(self.mixer_norm(x), packing))
+        x = x + self.mixer_out_norm(self.mixer(self.mixer_norm(x), context))
         return x + self.ffn_out_norm(self.ffn(self.ffn_norm(x)))

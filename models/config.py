@@ -1,44 +1,43 @@
 """What a model is, as strict frozen data. Torch-free: a login node reads it.
 
-A mixer's settings stand here beside the others; its maths stands in mixers/. Derived sizes are properties.
+Each mixer's settings stand in settings/, one file a mixer; its maths stands in mixers/.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from loopline.models.loop_plan import LoopPlan
+from loopline.models.settings.deltanet import DeltaNetConfig
+from loopline.models.settings.dsa import SparseAttentionConfig
+from loopline.models.settings.full import FullAttentionConfig
+from loopline.models.settings.gdn import GatedDeltaConfig
+from loopline.models.settings.gla import GatedLinearConfig
+from loopline.models.settings.hgrn2 import HGRN2Config
+from loopline.models.settings.kda import KimiDeltaConfig
+from loopline.models.settings.mamba2 import Mamba2Config
+from loopline.models.settings.nsa import NativeSparseConfig
+from loopline.models.settings.retnet import RetentionConfig
+from loopline.models.settings.section import MixerSection, Section
+from loopline.models.settings.window import WindowAttentionConfig
 
-
-class Section(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class FullAttentionConfig(Section):
-    """Softmax attention with rotary positions and grouped queries."""
-
-    n_heads: int = Field(4, ge=1, description="query heads")
-    n_kv_heads: int | None = Field(None, ge=1, description="key/value heads; none means n_heads")
-    d_head: int | None = Field(None, ge=2, description="head size; none means d_model / n_heads")
-    rope_theta: float = Field(10000.0, gt=0, description="rotary base")
-    output_gate: bool = Field(False, description="multiply each head's output by sigmoid(W x), W zero at start")
-
-
-class GatedDeltaConfig(Section):
-    """Gated DeltaNet. The published sizes are d_head_k = 0.75 * d_model / n_heads and d_head_v = 2 * d_head_k."""
-
-    n_heads: int = Field(4, ge=1, description="heads")
-    d_head_k: int = Field(32, ge=1, description="key size of a head")
-    d_head_v: int = Field(64, ge=1, description="value size of a head")
-    conv_size: int = Field(4, ge=1, description="tokens the short convolutions see")
-    allow_negative_eigenvalues: bool = Field(False, description="beta in (0, 2) instead of (0, 1)")
-    backend: Literal["auto", "reference", "fla"] = Field("auto", description="kernel")
-
-
-MixerConfig = FullAttentionConfig | GatedDeltaConfig
-MIXERS = ("full", "gdn")  # the names a pattern may use; each has a field in ModelConfig
+# The names a pattern may use. Each is a field of ModelConfig with the mixer's settings.
+MIXERS: dict[str, type[MixerSection]] = {
+    section.name: section
+    for section in (
+        FullAttentionConfig,
+        WindowAttentionConfig,
+        GatedDeltaConfig,
+        KimiDeltaConfig,
+        DeltaNetConfig,
+        Mamba2Config,
+        GatedLinearConfig,
+        HGRN2Config,
+        RetentionConfig,
+        NativeSparseConfig,
+        SparseAttentionConfig,
+    )
+}
 
 
 class ModelConfig(Section):
@@ -48,7 +47,11 @@ class ModelConfig(Section):
     d_model: int = Field(64, ge=2, description="width of the residual stream")
     n_blocks: int = Field(2, ge=1, description="stored blocks")
     n_loops: int = Field(2, ge=1, description="times the stack is applied")
-    pattern: str = Field("full", description="mixers of the blocks, repeated to n_blocks: 'gdn*4,full'")
+    pattern: str | Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        "full",
+        description="mixers of the blocks: 'gdn*4,full' (repeated to n_blocks), 'full,gdn...,full' (the dots fill), "
+        "or a list with a name for every block",
+    )
     d_ffn: int = Field(176, ge=1, description="inner width of the SwiGLU")
     norm: Literal["pre", "sandwich"] = Field("pre", description="norm before each branch, or before and after")
     norm_eps: float = Field(1e-6, gt=0)
@@ -58,24 +61,23 @@ class ModelConfig(Section):
     )
     tie_embeddings: bool = Field(False, description="the head uses the embedding's weights")
     full: FullAttentionConfig = FullAttentionConfig()
+    window: WindowAttentionConfig = WindowAttentionConfig()
     gdn: GatedDeltaConfig = GatedDeltaConfig()
+    kda: KimiDeltaConfig = KimiDeltaConfig()
+    deltanet: DeltaNetConfig = DeltaNetConfig()
+    mamba2: Mamba2Config = Mamba2Config()
+    gla: GatedLinearConfig = GatedLinearConfig()
+    hgrn2: HGRN2Config = HGRN2Config()
+    retnet: RetentionConfig = RetentionConfig()
+    nsa: NativeSparseConfig = NativeSparseConfig()
+    dsa: SparseAttentionConfig = SparseAttentionConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         parse_pattern(self.pattern, self.n_blocks)
-        if "full" in self.mixer_names:
-            if self.full.d_head is None and self.d_model % self.full.n_heads:
-                raise ValueError(
-                    f"model.d_model ({self.d_model}) must be a multiple of model.full.n_heads ({self.full.n_heads}), "
-                    "or set model.full.d_head"
-                )
-            if self.d_head % 2:
-                raise ValueError(f"model.full.d_head ({self.d_head}) must be even: rotary positions turn pairs")
-            if self.full.n_heads % self.n_kv_heads:
-                raise ValueError(
-                    f"model.full.n_heads ({self.full.n_heads}) must be a multiple of model.full.n_kv_heads "
-                    f"({self.n_kv_heads})"
-                )
+        problems = [problem for section in self.sections.values() for problem in section.problems(self.d_model)]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -84,33 +86,56 @@ class ModelConfig(Section):
         return parse_pattern(self.pattern, self.n_blocks)
 
     @property
+    def sections(self) -> dict[str, MixerSection]:
+        """Settings of the mixers this model has, by name."""
+        return {name: getattr(self, name) for name in dict.fromkeys(self.mixer_names)}
+
+    @property
     def plan(self) -> LoopPlan:
         """Order in which blocks run."""
         return LoopPlan(self.n_blocks, self.n_loops)
 
-    @property
-    def d_head(self) -> int:
-        """Head size of full attention."""
-        return self.full.d_head or self.d_model // self.full.n_heads
 
-    @property
-    def n_kv_heads(self) -> int:
-        """Key/value heads of full attention."""
-        return self.full.n_kv_heads or self.full.n_heads
+def parse_pattern(pattern: str | tuple[str, ...], n_blocks: int) -> list[str]:
+    """The mixer of each of `n_blocks` blocks.
 
-
-def parse_pattern(pattern: str, n_blocks: int) -> list[str]:
-    """'gdn*4,full' -> the mixer of each of `n_blocks` blocks, the pattern repeated and cut.
-
+    Args:
+        pattern: 'gdn*4,full', repeated and cut to n_blocks; or 'full*2,gdn...,full*2', where the one item with dots is
+            repeated to fill; or a name for every block.
     Raises:
-        ValueError: an unknown mixer or a bad count.
+        ValueError: an unknown mixer, a bad count, or a number of blocks that does not fit.
     """
-    names: list[str] = []
+    if not isinstance(pattern, str):
+        if len(pattern) != n_blocks:
+            raise ValueError(
+                f"model.pattern lists {len(pattern)} mixers and model.n_blocks is {n_blocks}: make them agree"
+            )
+        return [_known(name, pattern) for name in pattern]
+    before: list[str] = []
+    fill: str | None = None
+    after: list[str] = []
     for item in pattern.split(","):
-        name, _, count = item.strip().partition("*")
-        if name not in MIXERS:
-            raise ValueError(f"model.pattern {pattern!r}: unknown mixer {name!r}; known: {', '.join(MIXERS)}")
-        if count and not (count.isascii() and count.isdigit() and int(count) >= 1):
+        name, has_count, count = item.strip().partition("*")
+        if name.endswith("..."):
+            if fill is not None or has_count:
+                raise ValueError(f"model.pattern {pattern!r}: one item may end in '...', and it takes no count")
+            fill = _known(name.removesuffix("..."), pattern)
+            continue
+        if has_count and not (count.isascii() and count.isdigit() and int(count) >= 1):
             raise ValueError(f"model.pattern {pattern!r}: count {count!r} must be a whole number >= 1")
-        names += [name] * int(count or 1)
-    return [names[i % len(names)] for i in range(n_blocks)]
+        (before if fill is None else after).extend([_known(name, pattern)] * int(count or 1))
+    if fill is None:
+        return [before[i % len(before)] for i in range(n_blocks)]
+    n_fill = n_blocks - len(before) - len(after)
+    if n_fill < 0:
+        raise ValueError(
+            f"model.pattern {pattern!r} names {n_blocks - n_fill} blocks beside '...' and model.n_blocks is "
+            f"{n_blocks}: raise n_blocks or name fewer"
+        )
+    return before + [fill] * n_fill + after
+
+
+def _known(name: str, pattern: str | tuple[str, ...]) -> str:
+    if name not in MIXERS:
+        raise ValueError(f"model.pattern {pattern!r}: unknown mixer {name!r}; known: {', '.join(MIXERS)}")
+    return name

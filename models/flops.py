@@ -6,22 +6,11 @@ FLOPs count multiply and add as two, per token, per *executed* loop: a looped mo
 from loopline.models.config import ModelConfig
 
 
-def mixer_parameters(config: ModelConfig, name: str) -> int:
-    """Parameters of one mixer."""
-    d = config.d_model
-    if name == "full":
-        q, kv = config.full.n_heads * config.d_head, config.n_kv_heads * config.d_head
-        return d * (2 * q + 2 * kv) + (d * q if config.full.output_gate else 0)
-    gdn = config.gdn
-    keys, values = gdn.n_heads * gdn.d_head_k, gdn.n_heads * gdn.d_head_v
-    projections = d * (2 * keys + 3 * values + 2 * gdn.n_heads)
-    return projections + gdn.conv_size * (2 * keys + values) + 2 * gdn.n_heads + gdn.d_head_v
-
-
 def block_parameters(config: ModelConfig, name: str) -> int:
-    """Parameters of one stored block."""
+    """Parameters of one stored block with mixer `name`."""
     n_norms = 4 if config.norm == "sandwich" else 2
-    return mixer_parameters(config, name) + 3 * config.d_model * config.d_ffn + n_norms * config.d_model
+    mixer = getattr(config, name).parameters(config.d_model)
+    return mixer + 3 * config.d_model * config.d_ffn + n_norms * config.d_model
 
 
 def model_parameters(config: ModelConfig) -> int:
@@ -31,26 +20,11 @@ def model_parameters(config: ModelConfig) -> int:
     return embeddings + config.d_model + gate + sum(block_parameters(config, m) for m in config.mixer_names)
 
 
-def mixer_flops(config: ModelConfig, name: str, mean_context: float) -> float:
-    """Forward FLOPs per token of one mixer. `mean_context` is the mean number of keys a query sees."""
-    d = config.d_model
-    if name == "full":
-        matrices = mixer_parameters(config, name)
-        return 2 * matrices + 4 * config.full.n_heads * config.d_head * mean_context
-    gdn = config.gdn
-    keys, values = gdn.n_heads * gdn.d_head_k, gdn.n_heads * gdn.d_head_v
-    projections = 2 * d * (2 * keys + 3 * values + 2 * gdn.n_heads)
-    convolutions = 2 * gdn.conv_size * (2 * keys + values)
-    # The recurrence itself: decay, k^T S, rank-one update and q^T S are 7 K V operations a head; the chunked form does
-    # more arithmetic, which is the kernel's choice and not the model's work.
-    return projections + convolutions + 7 * gdn.n_heads * gdn.d_head_k * gdn.d_head_v
-
-
 def forward_flops(config: ModelConfig, seq_len: int, n_loops: int | None = None) -> float:
     """Forward FLOPs per token with documents of `seq_len` tokens: executed loops of the stack, and one head."""
     n_loops = config.n_loops if n_loops is None else n_loops
-    mean_context = (seq_len + 1) / 2
-    blocks = sum(mixer_flops(config, m, mean_context) + 6 * config.d_model * config.d_ffn for m in config.mixer_names)
+    mixers = {name: section.flops(config.d_model, seq_len) for name, section in config.sections.items()}
+    blocks = sum(mixers[name] + 6 * config.d_model * config.d_ffn for name in config.mixer_names)
     return n_loops * blocks + 2 * config.d_model * config.vocab_size
 
 

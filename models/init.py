@@ -4,11 +4,11 @@ Each parameter is drawn whole on the CPU from its own generator; a rank that hol
 """
 
 import hashlib
-import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from loopline.models import fills
 from loopline.models.looped_lm import LoopedLM
 
 
@@ -22,27 +22,26 @@ def init_weights(model: LoopedLM, seed: int) -> None:
             dim, index, count = getattr(parameter, "shard", (0, 0, 1))
             shape = list(parameter.shape)
             shape[dim] *= count
-            parameter.copy_(initial_value(model.stored_name(name), shape, seed).chunk(count, dim)[index])
+            value = initial_value(model.stored_name(name), shape, seed, fill_of(model, name))
+            parameter.copy_(value.chunk(count, dim)[index])
 
 
-def initial_value(name: str, shape: list[int], seed: int) -> Tensor:
-    """The full fp32 tensor a parameter starts from.
-
-    Matrices: normal, std 1/sqrt(d_in), cut at 3 std (Lingua, LT2's code base). Norms: ones. Loop gate and output gate:
-    zeros. A_log = log U(0, 16) and dt_bias = softplus^-1 of log-uniform [1e-3, 0.1]: Gu & Dao, arXiv:2312.00752, as fla
-    has them for Gated DeltaNet.
-    """
+def initial_value(name: str, shape: list[int], seed: int, fill: fills.Fill = fills.matrix) -> Tensor:
+    """The full fp32 tensor a parameter starts from."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    leaf = name.rsplit(".", 2)[-2:]
+    return fill(shape, generator)
+
+
+def fill_of(model: LoopedLM, name: str) -> fills.Fill:
+    """The rule of a parameter: its mixer's where that has one, else by kind."""
+    if ".mixer." in name:
+        _, block_idx, _, local = name.split(".", 3)
+        mixer_fill = model.blocks[block_idx].mixer.fills.get(local)  # type: ignore[union-attr, operator]
+        if mixer_fill is not None:
+            return mixer_fill
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if leaf[-1] == "rho" or (leaf == ["gate_proj", "weight"] and ".mixer." in name):
-        return torch.zeros(shape)
-    if leaf[-1] == "A_log":
-        return torch.empty(shape).uniform_(1e-4, 16.0, generator=generator).log()
-    if leaf[-1] == "dt_bias":
-        dt = torch.empty(shape).uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
-        return dt + torch.log(-torch.expm1(-dt))
-    std = shape[-1] ** -0.5  # d_in of a matrix, width of a convolution, d_model of the embedding
-    return nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -3 * std, 3 * std, generator=generator)
+        return fills.ones
+    if name.endswith((".rho", ".bias")):
+        return fills.zeros
+    return fills.matrix

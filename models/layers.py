@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loopline.kernels.precision import wide
+
 
 class Linear(nn.Linear):
     """y = x W^T, W [d_out, d_in] in fp32, computed in x.dtype. No bias anywhere in these models."""
@@ -46,4 +48,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d] in x.dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.scale(), self.eps).to(x.dtype)
+        return F.rms_norm(wide(x), self.weight.shape, self.scale(), self.eps).to(x.dtype)
+
+
+class GroupRMSNorm(nn.Module):
+    """RMSNorm over each of `n_groups` equal parts of the channels; the parts may span heads.
+
+    The mean square is a method of its own: where a group's channels are cut over ranks it is a sum over them.
+    """
+
+    def __init__(self, d: int, eps: float, n_groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d))
+        self.eps = eps
+        self.n_groups = n_groups
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """[..., n_groups, d / n_groups] -> [..., n_groups, 1]."""
+        return x.square().mean(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d] in x.dtype."""
+        groups = wide(x).unflatten(-1, (self.n_groups, -1))
+        normed = groups * torch.rsqrt(self.mean_square(groups) + self.eps)
+        return (normed.flatten(-2) * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias, statistics in fp32. Ba et al., arXiv:1607.06450."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d))
+        self.bias = nn.Parameter(torch.empty(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d] in x.dtype."""
+        return F.layer_norm(wide(x), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)

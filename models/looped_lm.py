@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from loopline.models.block import Block
 from loopline.models.config import ModelConfig
+from loopline.models.context import BlockContext, RowContext
 from loopline.models.layers import Embedding, Linear, RMSNorm
-from loopline.models.loop_plan import Step
 from loopline.models.packing import Packing
 
-RunStep = Callable[[Block, Step, Tensor, Packing], Tensor]
+RunStep = Callable[[Block, Tensor, BlockContext], Tensor]
 
 
-def run_step(block: Block, step: Step, x: Tensor, packing: Packing) -> Tensor:
+def run_step(block: Block, x: Tensor, context: BlockContext) -> Tensor:
     """Apply a block; the trainer may put recomputation in its place."""
-    return block(x, packing)
+    return block(x, context)
 
 
 class LoopGate(nn.Module):
@@ -90,15 +90,16 @@ class LoopedLM(nn.Module):
         Raises:
             ValueError: a depth that does not run.
         """
-        packing, row = self.pack(tokens, cu_seqlens)
+        packing, tokens_row = self.pack(tokens, cu_seqlens)
         n_loops = self.config.n_loops if n_loops is None else n_loops
+        row = RowContext(packing, n_loops)
         depths = [n_loops] if depths is None else depths
         if not depths or sorted(set(depths)) != depths or depths[0] < 1 or depths[-1] > n_loops:
             raise ValueError(f"depths {depths} must rise, from 1 to at most n_loops = {n_loops}")
-        h, logits = self.embed_tokens(row), []
+        h, logits = self.embed_tokens(tokens_row), []
         for loop_idx in range(n_loops):
             h_in = h
-            h = self.run_blocks(h, loop_idx, packing)
+            h = self.run_blocks(h, loop_idx, row)
             h = self.finish_loop(h, h_in, loop_idx)
             if loop_idx + 1 in depths:
                 logits.append(self.read_out(h).view(*tokens.shape, -1))
@@ -116,10 +117,10 @@ class LoopedLM(nn.Module):
         """[1, T] -> [1, T, C] in the compute dtype."""
         return self.embed(tokens).to(self.dtype)
 
-    def run_blocks(self, h: Tensor, loop_idx: int, packing: Packing) -> Tensor:
+    def run_blocks(self, h: Tensor, loop_idx: int, row: RowContext) -> Tensor:
         """Apply the blocks held here, in order: [1, T, C] -> [1, T, C]."""
         for name, block in self.blocks.items():
-            h = self.run_step(cast(Block, block), Step(int(name), loop_idx), h, packing)
+            h = self.run_step(cast(Block, block), h, row.at(int(name), loop_idx))
         return h
 
     def finish_loop(self, h: Tensor, h_in: Tensor, loop_idx: int) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from loopline.kernels.precision import wide
+
 
 def rotary_tables(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each [1, T, 1, D], fp32, for positions [1, T]."""
@@ -15,6 +17,6 @@ def rotary_tables(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor,
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn pairs (x_i, x_{i+D/2}) of [1, T, H, D] by the angles of `tables`, in fp32; result in x.dtype."""
     cos, sin = tables
-    x1, x2 = x.float().chunk(2, dim=-1)
+    x1, x2 = wide(x).chunk(2, dim=-1)
     turned = torch.cat([-x2, x1], dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    return (wide(x) * cos + turned * sin).to(x.dtype)

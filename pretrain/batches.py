@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loopline.data_pipeline.batch import Batch
+from loopline.models.context import RowContext
 from loopline.models.packing import Packing
 
 
@@ -15,21 +16,34 @@ class MicroBatch:
 
     Attributes:
         tokens, labels: [1, T], int64, on the device; labels are objective.IGNORED where nothing is predicted.
-        packing: document boundaries, computed once and read by every block at every loop.
+        row: document boundaries, computed once and read by every block at every loop; and what loops leave behind.
     """
 
     tokens: Tensor
     labels: Tensor
-    packing: Packing
+    row: RowContext
 
 
-def to_device(batch: Batch, micro_batch_sequences: int, device: torch.device) -> list[MicroBatch]:
-    """A rank's batch as micro-batches on `device`."""
+def to_device(
+    batch: Batch,
+    micro_batch_sequences: int,
+    device: torch.device,
+    *,
+    n_loops: int,
+    auxiliary_scale: float | None = None,
+    is_measured: bool = False,
+) -> list[MicroBatch]:
+    """A rank's batch as micro-batches on `device`. The last three are RowContext's."""
     return [
         MicroBatch(
             torch.from_numpy(micro.tokens).to(device),
             torch.from_numpy(micro.labels).to(device),
-            Packing(micro.cu_seqlens.tolist(), torch.from_numpy(micro.positions).to(device)),
+            RowContext(
+                Packing(micro.cu_seqlens.tolist(), torch.from_numpy(micro.positions).to(device)),
+                n_loops,
+                auxiliary_scale,
+                is_measured,
+            ),
         )
         for micro in batch.micro_batches(micro_batch_sequences)
     ]

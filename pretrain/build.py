@@ -6,12 +6,13 @@ import torch
 
 from loopline.kernels.backends import check_backend
 from loopline.kernels.errors import BackendError
-from loopline.kernels.gated_delta.op import BACKENDS
 from loopline.models.init import init_weights
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.mixers.registry import MIXER_MODULES
 from loopline.pretrain.config import RunConfig, parse_recompute
 from loopline.pretrain.errors import ConfigError
 from loopline.pretrain.objective import loss_sum, token_losses
+from loopline.pretrain.optimizer import is_trained
 from loopline.pretrain.parallel.topology import Topology
 from loopline.pretrain.recompute import recomputing
 from loopline.pretrain.step import Stepper
@@ -51,6 +52,8 @@ def build_model(config: RunConfig, topology: Topology, fill: Callable[[LoopedLM]
         init_weights(model, config.run.seed)
     else:
         fill(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, config.train.trainable))
     loops = parse_recompute(config.parallel.recompute)
     if loops != frozenset():
         model.run_step = recomputing(loops)
@@ -83,6 +86,7 @@ def build_stepper(config: RunConfig, topology: Topology, model: LoopedLM) -> Ste
         from loopline.pretrain.parallel.replicated import ReplicatedOptimizer
 
         optimizer = ReplicatedOptimizer(model, config.optimizer, topology)  # type: ignore[assignment]
+    mixers = [MIXER_MODULES[name] for name in config.model.sections]  # of all stages, so that ranks agree
     return Stepper(
         model=model,
         optimizer=optimizer,
@@ -92,6 +96,8 @@ def build_stepper(config: RunConfig, topology: Topology, model: LoopedLM) -> Ste
         micro_batch_sequences=config.train.micro_batch_sequences,
         sequence_parallel=parallel.sequence_parallel,
         parameter_shapes=shapes,
+        figure_names=tuple(name for mixer in mixers for name in mixer.figures),
+        measured_names=tuple(name for mixer in mixers for name in mixer.measured),
     )
 
 
@@ -103,14 +109,18 @@ def _twin(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def chosen_backends(config: RunConfig, device: torch.device) -> dict[str, str]:
-    """The kernel each op will run, resolved once; logged at the start.
+    """Mixer -> the kernel it will run, resolved once; logged at the start.
 
     Raises:
         ConfigError: one asked for is not available.
     """
-    if "gdn" not in config.model.mixer_names:
-        return {}
-    try:
-        return {"gated_delta": check_backend("gated_delta", BACKENDS, config.model.gdn.backend, device.type)}
-    except BackendError as error:
-        raise ConfigError(f"model.gdn.backend = {config.model.gdn.backend!r}: {error}") from None
+    chosen = {}
+    for name, section in config.model.sections.items():
+        module = MIXER_MODULES[name]
+        try:
+            chosen[name] = check_backend(
+                module.op, module.backends, section.backend, device.type, DTYPES[config.train.dtype]
+            )
+        except BackendError as error:
+            raise ConfigError(f"{section.field('backend')} = {section.backend!r}: {error}") from None
+    return chosen

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard
 
-from loopline.models.config import ModelConfig, Section
+from loopline.models.config import ModelConfig
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.settings.section import Section
 from loopline.pretrain.config import RunConfig
 from loopline.pretrain.errors import CheckpointError
 from loopline.pretrain.optimizer import MOMENTS

@@ -8,11 +8,13 @@ import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from loopline.models.config import ModelConfig, Section
+from loopline.models.config import ModelConfig
+from loopline.models.settings.section import Section
 from loopline.pretrain.errors import ConfigError
 
 
@@ -49,6 +51,9 @@ class TrainSection(Section):
     micro_batch_sequences: int = Field(2, ge=1, description="sequences a rank runs at once")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute dtype; weights and gradient sums are fp32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trainable: Literal["all", "indexer"] = Field(
+        "all", description="indexer: everything else is frozen, to warm up the indexers of dsa mixers"
+    )
     max_skipped_steps: int = Field(0, ge=0, description="non-finite steps in a row that are skipped before stopping")
     hang_timeout_s: float = Field(
         1800.0, gt=0, le=604_800, description="dump stacks and end when a step takes longer than this"
@@ -146,7 +151,8 @@ class RunConfig(Section):
         Raises:
             ConfigError: one line a problem: field, value, rule, fix.
         """
-        problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self) + _schedule_problems(self)
+        problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self)
+        problems += _schedule_problems(self) + _kernel_problems(self)
         if problems:
             raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(problems))
 
@@ -175,11 +181,33 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             f"parallel.pp = {p.pp} is more than model.n_blocks = {config.model.n_blocks}: a stage needs a block; "
             "lower pp"
         )
+    if t.trainable == "indexer":
+        problems += _warm_up_problems(config)
     loops = parse_recompute(p.recompute) or frozenset()
     if any(r >= config.model.n_loops for r in loops):
         problems.append(
             f"parallel.recompute = {p.recompute!r} names a loop that does not run: model.n_loops = "
             f"{config.model.n_loops}, so choose from loops 0..{config.model.n_loops - 1}"
+        )
+    return problems
+
+
+def _warm_up_problems(config: RunConfig) -> list[str]:
+    p, problems = config.parallel, []
+    if "dsa" not in config.model.mixer_names:
+        problems.append(
+            f"train.trainable = 'indexer' and model.pattern = {config.model.pattern!r} has no dsa mixer, so nothing "
+            "would train: set train.trainable = 'all', or put dsa in the pattern"
+        )
+    if p.pp > 1:
+        problems.append(
+            f"train.trainable = 'indexer' with parallel.pp = {p.pp}: a stage whose blocks are all frozen has no "
+            "gradient to send back; use pp = 1"
+        )
+    if p.zero_stage == 3:
+        problems.append(
+            "train.trainable = 'indexer' with parallel.zero_stage = 3: frozen weights would be cut and never gathered "
+            "for checkpoints; use zero_stage 0, 1 or 2"
         )
     return problems
 
@@ -222,6 +250,16 @@ def _schedule_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _kernel_problems(config: RunConfig) -> list[str]:
+    section = config.model.sections.get("deltanet")
+    if section is not None and section.backend == "fla" and config.train.dtype == "fp32":
+        return [
+            f"{section.field('backend')} = 'fla' with train.dtype = 'fp32': fla's delta rule computes in bf16 and fp16 "
+            "only; set train.dtype = 'bf16', or the backend to 'reference' or 'auto'"
+        ]
+    return []
+
+
 def _tensor_parallel_problems(config: RunConfig) -> list[str]:
     tp, model = config.parallel.tp, config.model
     if tp == 1:
@@ -229,10 +267,8 @@ def _tensor_parallel_problems(config: RunConfig) -> list[str]:
             return ["parallel.sequence_parallel = true needs parallel.tp > 1: raise tp or turn it off"]
         return []
     sizes = {"model.d_ffn": model.d_ffn, "model.vocab_size": model.vocab_size}
-    if "full" in model.mixer_names:
-        sizes |= {"model.full.n_heads": model.full.n_heads, "model.full.n_kv_heads": model.n_kv_heads}
-    if "gdn" in model.mixer_names:
-        sizes["model.gdn.n_heads"] = model.gdn.n_heads
+    for section in model.sections.values():
+        sizes |= {section.field(name): count for name, count in section.head_counts().items()}
     problems = [
         f"{field} = {value} must be divisible by parallel.tp = {tp}: change one of them"
         for field, value in sizes.items()
@@ -326,7 +362,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set train.dtype=bf16
     if value == "none":
-        value = None if path.strip() in _OPTIONAL_FIELDS else value
+        value = None if _may_be_none(path) else value
     *sections, field = path.strip().split(".")
     for name in sections:
         tree = tree.setdefault(name, {})
@@ -335,13 +371,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[field] = value
 
 
-_OPTIONAL_FIELDS = {
-    "train.stop_at_step",
-    "checkpoint.init_from",
-    "log.peak_tflops",
-    "model.full.n_kv_heads",
-    "model.full.d_head",
-}
+def _may_be_none(path: str) -> bool:
+    """Whether the field at a dotted path takes None; `none` is else a word like any other."""
+    *sections, field = path.strip().split(".")
+    model: type[Section] = RunConfig
+    for name in sections:
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            return False  # the schema will say that there is no such section
+        model = annotation
+    return field in model.model_fields and NoneType in get_args(model.model_fields[field].annotation)
 
 
 def _explain(detail: Any) -> str:

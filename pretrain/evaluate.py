@@ -42,8 +42,8 @@ def evaluate(
     totals, n_valid = torch.zeros(max_loops, dtype=torch.float64), 0
     batches = heldout_batches(manifest, seq_len=seq_len, batch_sequences=sequences_per_batch, max_batches=max_batches)
     for batch in batches:
-        for micro in to_device(batch, sequences_per_batch, device):
-            row = measure_depths(model, micro, loss_sum, max_loops)
+        for micro in to_device(batch, sequences_per_batch, device, n_loops=max_loops):
+            row = measure_depths(model, micro, loss_sum)
             totals += row[:max_loops].double().cpu()
         n_valid += batch.n_valid
     return Evaluation((totals / max(1, n_valid)).tolist(), unigram_entropy(manifest), n_valid)

@@ -126,6 +126,7 @@ class Loop:
             "memory_bytes": memory_bytes(self.topology.device),
             "skipped": not result.is_finite,
             "epoch": max((s["epoch"] for s in self.stream.state_dict().values()), default=0),
+            **result.figures,
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class Loop:
             dp_size=self.topology.dp,
         )
         figures = self.stepper.evaluate(list(batches))
-        return {"loss_per_loop": figures.loss, "state_change_per_loop": figures.state_change}
+        return {"loss_per_loop": figures.loss, "state_change_per_loop": figures.state_change, **figures.figures}
 
     def save(self) -> None:
         """Checkpoint this step."""

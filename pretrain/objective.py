@@ -52,17 +52,17 @@ def loss_sum(model: LoopedLM, h: Tensor, labels: Tensor, losses: TokenLosses = t
 def micro_batch_loss(model: LoopedLM, batch: MicroBatch, loss: LossFn) -> Tensor:
     """Summed loss of a micro-batch after the last loop: the whole forward pass on one stage."""
     h = model.embed_tokens(batch.tokens)
-    for loop_idx in range(model.config.n_loops):
-        h = model.finish_loop(model.run_blocks(h, loop_idx, batch.packing), h, loop_idx)
+    for loop_idx in range(batch.row.n_loops):
+        h = model.finish_loop(model.run_blocks(h, loop_idx, batch.row), h, loop_idx)
     return loss(model, h, batch.labels)
 
 
-def measure_depths(model: LoopedLM, batch: MicroBatch, loss: LossFn, n_loops: int | None = None) -> Tensor:
-    """`DepthMeter` row of a micro-batch, every one of `n_loops` (None: the config's) loops read out."""
+def measure_depths(model: LoopedLM, batch: MicroBatch, loss: LossFn) -> Tensor:
+    """`DepthMeter` row of a micro-batch, every one of its row's loops read out."""
     meter = DepthMeter(model, loss)
     h = model.embed_tokens(batch.tokens)
-    for loop_idx in range(model.config.n_loops if n_loops is None else n_loops):
-        h = model.finish_loop(model.run_blocks(h, loop_idx, batch.packing), h, loop_idx)
+    for loop_idx in range(batch.row.n_loops):
+        h = model.finish_loop(model.run_blocks(h, loop_idx, batch.row), h, loop_idx)
         meter.add(h, batch.labels)
     return meter.row()
 

@@ -16,6 +16,11 @@ def has_weight_decay(name: str) -> bool:
     return name.endswith(("_proj.weight", "embed.weight", "head.weight"))
 
 
+def is_trained(name: str, trainable: str) -> bool:
+    """Whether a parameter is trained at all, by `train.trainable`."""
+    return trainable == "all" or ".mixer.index_" in name
+
+
 def build_adamw(parameters: dict[str, nn.Parameter], config: OptimizerSection) -> torch.optim.AdamW:
     """AdamW over two groups, with and without decay; empty groups are left out."""
     groups: list[dict[str, Any]] = [

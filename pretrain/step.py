@@ -11,7 +11,7 @@ import torch
 
 from loopline.data_pipeline.batch import Batch
 from loopline.models.looped_lm import LoopedLM
-from loopline.pretrain.batches import to_device
+from loopline.pretrain.batches import MicroBatch, to_device
 from loopline.pretrain.objective import LossFn, measure_depths, micro_batch_loss
 from loopline.pretrain.parallel.topology import Topology
 
@@ -30,12 +30,14 @@ class StepResult:
         grad_norm: L2 norm of the whole gradient before clipping.
         n_valid: valid tokens of the global batch.
         stop: whether any rank asked to stop.
+        figures: what mixers record while training, by name.
     """
 
     loss: float
     grad_norm: float
     n_valid: int
     stop: bool
+    figures: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
@@ -51,11 +53,13 @@ class DepthLosses:
         loss: mean cross-entropy after loop 1..R, nats.
         state_change: ||h_r - h_{r-1}|| / ||h_r|| for r = 2..R.
         n_valid: tokens measured.
+        figures: what mixers record at evaluations, by name.
     """
 
     loss: list[float]
     state_change: list[float]
     n_valid: int
+    figures: dict[str, float]
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Stepper:
     Attributes:
         pipeline: the ring over stages; None where one stage runs the plain loop.
         sequence_parallel: whether the stream is cut over tokens.
+        figure_names, measured_names: figures the model's mixers record, while training and at evaluations.
         parameter_shapes: storage-free twins of this rank's parameters, as they were before ZeRO took them.
     """
 
@@ -76,6 +81,8 @@ class Stepper:
     micro_batch_sequences: int
     sequence_parallel: bool
     parameter_shapes: dict[str, torch.Tensor]
+    figure_names: tuple[str, ...] = ()
+    measured_names: tuple[str, ...] = ()
 
     def train(self, batch: Batch, lr: float, wants_stop: bool = False) -> StepResult:
         """Forward, backward, reduce, update.
@@ -90,7 +97,13 @@ class Stepper:
         n_valid, stop = topology.all_reduce([batch.n_valid if is_counted else 0, float(wants_stop)])
         # The loss is scaled once: by the global number of valid tokens.
         scale = self.optimizer.loss_scale / max(1.0, n_valid)
-        micro_batches = to_device(batch, self.micro_batch_sequences, topology.device)
+        micro_batches = to_device(
+            batch,
+            self.micro_batch_sequences,
+            topology.device,
+            n_loops=self.model.config.n_loops,
+            auxiliary_scale=scale,
+        )
         if self.pipeline is not None:
             loss_sum = self.pipeline.train(micro_batches, scale)
         else:
@@ -101,16 +114,20 @@ class Stepper:
                 loss_sum += loss.detach()
         grad_norm = self.optimizer.step(lr)
         (total,) = topology.all_reduce([float(loss_sum) if is_counted else 0.0])  # host sync
-        return StepResult(total / max(1.0, n_valid), grad_norm, int(n_valid), stop > 0)
+        figures = self.figures(micro_batches, self.figure_names)
+        return StepResult(total / max(1.0, n_valid), grad_norm, int(n_valid), stop > 0, figures)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> DepthLosses:
         """Mean loss after every loop over `batches`, this rank's share of them."""
         topology, n_loops = self.topology, self.model.config.n_loops
         sums = torch.zeros(3 * n_loops - 2, dtype=torch.float64, device=topology.device)
-        n_valid = 0
+        n_valid, rows = 0, []
         for batch in batches:
-            micro_batches = to_device(batch, self.micro_batch_sequences, topology.device)
+            micro_batches = to_device(
+                batch, self.micro_batch_sequences, topology.device, n_loops=n_loops, is_measured=True
+            )
+            rows += micro_batches
             if self.pipeline is not None:
                 sums += self.pipeline.measure(micro_batches)
             else:
@@ -129,4 +146,21 @@ class Stepper:
             [x / max(1.0, count) for x in totals[:n_loops]],
             [math.sqrt(c / s) if s else 0.0 for c, s in zip(changes, sizes)],
             int(count),
+            self.figures(rows, self.measured_names),
         )
+
+    def figures(self, micro_batches: list[MicroBatch], names: tuple[str, ...]) -> dict[str, float]:
+        """Mixers' figures over the global batch: ratios of sums over tokens, blocks and loops. One that nothing was
+        recorded for is left out."""
+        if not names:
+            return {}
+        sums = [value for name in names for value in self._sums(micro_batches, name)]
+        totals = self.topology.all_reduce(sums)
+        pairs = zip(names, totals[::2], totals[1::2])
+        return {name: numerator / denominator for name, numerator, denominator in pairs if denominator}
+
+    def _sums(self, micro_batches: list[MicroBatch], name: str) -> tuple[float, float]:
+        if self.topology.tp_rank:  # tensor-parallel ranks record the same
+            return 0.0, 0.0
+        found = [batch.row.sums(name) for batch in micro_batches]  # host sync
+        return sum(numerator for numerator, _ in found), sum(denominator for _, denominator in found)

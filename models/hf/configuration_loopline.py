@@ -3,9 +3,24 @@
 What the fields mean is written in modeling_loopline.py's first lines and in the model card.
 """
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = {"full": "full_attention", "gdn": "linear_attention"}
+# Cache layer of each mixer, in transformers' words.
+LAYER_TYPES = {
+    "full": "full_attention",
+    "window": "sliding_attention",
+    "gdn": "linear_attention",
+    "kda": "linear_attention",
+    "deltanet": "linear_attention",
+    "mamba2": "linear_attention",
+    "gla": "linear_attention",
+    "hgrn2": "linear_attention",
+    "retnet": "linear_attention",
+    "nsa": "full_attention",
+    "dsa": "indexed_attention",
+}
 
 
 class LooplineConfig(PreTrainedConfig):
@@ -13,14 +28,12 @@ class LooplineConfig(PreTrainedConfig):
 
     Attributes:
         n_blocks, n_loops: stored blocks, and passes over them. `n_loops` is also the number of rows of the loop gate.
-        mixer_pattern: mixers of the blocks, repeated to n_blocks: "gdn*4,full".
+        mixer_pattern: mixers of the blocks as the recipe has them: "gdn*4,full", or a list.
+        mixer_names: the same spelled out, a name for every block.
+        mixers: settings of every mixer named, by name; the fields are those of Loopline's recipes.
         norm_placement: "pre" (before each branch) or "sandwich" (before and after).
         loop_update: what the next loop starts from: "replace" h <- M(h), "norm" h <- norm(M(h)), "gate"
             h <- M(h) + rho_r * h.
-        num_key_value_heads, head_dim: None means num_attention_heads, and hidden_size / num_attention_heads.
-        attn_output_gate: full attention's output is multiplied by sigmoid(W x).
-        linear_*: sizes of Gated DeltaNet; linear_allow_neg_eigval doubles beta's range to (0, 2).
-        linear_backend: "reference" keeps to torch; anything else uses fla's kernels on CUDA where fla is installed.
         max_position_embeddings: longest sequence seen in training; nothing in the model enforces it.
     """
 
@@ -30,24 +43,15 @@ class LooplineConfig(PreTrainedConfig):
     vocab_size: int = 4096
     hidden_size: int = 64
     intermediate_size: int = 176
-    n_blocks: int = 2
+    n_blocks: int = 1
     n_loops: int = 2
-    mixer_pattern: str = "full"
+    mixer_pattern: str | list[str] = "full"
+    mixer_names: list[str] | None = None
+    mixers: dict[str, Any] | None = None
     norm_placement: str = "pre"
     rms_norm_eps: float = 1e-6
     loop_update: str = "gate"
     tie_word_embeddings: bool = False
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float = 10000.0
-    attn_output_gate: bool = False
-    linear_num_heads: int = 4
-    linear_key_head_dim: int = 32
-    linear_value_head_dim: int = 64
-    linear_conv_kernel_dim: int = 4
-    linear_allow_neg_eigval: bool = False
-    linear_backend: str = "auto"
     initializer_range: float = 0.02
     max_position_embeddings: int | None = None
     use_cache: bool = True
@@ -56,25 +60,21 @@ class LooplineConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     @property
-    def block_types(self) -> list[str]:
-        """Mixer of each stored block, in transformers' words for cache layers."""
-        names: list[str] = []
-        for item in self.mixer_pattern.split(","):
-            name, _, count = item.strip().partition("*")
-            names += [LAYER_TYPES[name]] * int(count or 1)
-        return [names[i % len(names)] for i in range(self.n_blocks)]
+    def names(self) -> list[str]:
+        """Mixer of each stored block."""
+        return self.mixer_names or []
 
     def slot_types(self, n_loops: int) -> list[str]:
         """Cache layer of each slot. Every (loop, block) has its own keys, values and states, so to a cache the model is
         n_loops * n_blocks layers deep: slot = loop_idx * n_blocks + block_idx."""
-        types = self.block_types * n_loops
-        if "full_attention" not in types:
+        types = [LAYER_TYPES[name] for name in self.names] * n_loops
+        if types and set(types) == {"linear_attention"}:
             # generate() asks a cache how many tokens it holds, and one of recurrent layers alone raises (transformers
             # 5.23). A hybrid layer can tell: the model keeps one number a token in its attention half.
             types[0] = "hybrid"
         return types
 
-    # transformers sizes caches by the next two.
+    # transformers sizes caches and masks by the following.
     @property
     def layer_types(self) -> list[str]:
         """Cache layer of each slot, with the config's n_loops."""
@@ -84,3 +84,30 @@ class LooplineConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Block applications in a forward pass, which is the number of cache slots."""
         return self.n_blocks * self.n_loops
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Window of the sliding-window mixer."""
+        return self.mixers["window"]["window"] if self.mixers and "window" in self.mixers else None
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of softmax attention; heads of the first mixer where there is none."""
+        return self.attention["n_heads"]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads."""
+        return self.attention.get("n_kv_heads") or self.attention["n_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        """Head size."""
+        return self.attention.get("d_head") or self.hidden_size // self.attention["n_heads"]
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Settings of the first softmax mixer, else of the first mixer."""
+        mixers = self.mixers or {"full": {"n_heads": 1}}
+        softmax = [name for name in mixers if LAYER_TYPES[name] != "linear_attention"]
+        return mixers[(softmax or list(mixers))[0]]

@@ -32,14 +32,14 @@ from loopline.models.hf.names import (
     to_hf_weights,
 )
 from loopline.models.hf.parity import CACHED_FACTOR, ParityReport
+from loopline.models.hf.shipping import shipped_sources
 from loopline.models.looped_lm import LoopedLM
 
 log = logging.getLogger(__name__)
 
-CODE_FILES = ("configuration_loopline.py", "modeling_loopline.py")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FP32_LEAVES = ("A_log", "dt_bias")  # stored in fp32 whatever the export's dtype
+FP32_LEAVES = ("A_log", "dt_bias", ".D")  # stored in fp32 whatever the export's dtype
 
 N_CACHED_TOKENS = 5  # decoded one by one in the check
 
@@ -61,7 +61,7 @@ def export_hf(
         model: holds whole parameters, on any device.
         tokenizer_dir: folder of tokenizer.json and its Hugging Face files; None exports no tokenizer, and a model
             that does not know where a text ends.
-        dtype: of the stored weights; A_log and dt_bias stay fp32.
+        dtype: of the stored weights; A_log, dt_bias and D stay fp32.
         max_shard_bytes: weights are split into files of at most so many bytes.
         tolerance: greatest |difference| of logits allowed; see `check_export`.
         tokens: [B, T], int64, what to compare on; None means seeded random tokens.
@@ -192,8 +192,10 @@ def _refuse_shards(model: LoopedLM) -> None:
 
 def _reference(model: LoopedLM, dtype: str) -> LoopedLM:
     """The training model on the CPU in fp32 arithmetic, with the weights an export in `dtype` stores."""
-    gdn = model.config.gdn.model_copy(update={"backend": "reference"})
-    reference = LoopedLM(model.config.model_copy(update={"gdn": gdn})).eval()
+    sections = {
+        name: section.model_copy(update={"backend": "auto"}) for name, section in model.config.sections.items()
+    }  # the CPU may lack the backend asked for
+    reference = LoopedLM(model.config.model_copy(update=sections)).eval()
     weights = stored_weights(model, dtype)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -257,8 +259,8 @@ def _copy_tokenizer(tokenizer_dir: str | Path | None, folder: Path, config: Mode
 def _write_code_and_config(
     config: ModelConfig, folder: Path, dtype: str, token_ids: dict[str, int | None], max_tokens: int | None
 ) -> None:
-    for name in CODE_FILES:
-        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    for name, source in shipped_sources(config.mixer_names).items():
+        (folder / name).write_text(source, encoding="utf-8")
     content = {
         "architectures": ["LooplineForCausalLM"],
         # The config class is found through the modelling file: transformers 5.23 remembers the model class of a config

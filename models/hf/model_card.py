@@ -17,7 +17,7 @@ tags:
 # {name}
 
 A looped language model: {n_blocks} stored blocks applied {n_loops} times, {n_parameters:,} parameters
-(width {d_model}, vocabulary {vocab_size:,}). Mixers, repeated over the blocks: `{pattern}`. Trained with Loopline.
+(width {d_model}, vocabulary {vocab_size:,}). Mixers: `{pattern}`. Trained with Loopline.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,9 +31,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 - `n_loops=` in `model(...)` and `model.generate(...)` sets how often the stack is applied; past {n_loops} is
   extrapolation.
 - `model(..., output_depth_logits=True).depth_logits` holds the logits after each loop.
-- `trust_remote_code=True` runs `modeling_loopline.py` from this folder: one file, torch and transformers only.
-- Pad batches on the left. Rows that pack several documents are refused where Gated DeltaNet is used.
-- Gated DeltaNet uses flash-linear-attention's kernels on CUDA where that package is installed.
+- `trust_remote_code=True` runs `modeling_loopline.py` from this folder and the files it imports; they need torch and
+  transformers only.
+- Pad batches on the left. Rows that pack several documents are taken by full and window attention alone.
+- Linear mixers use flash-linear-attention's kernels on CUDA where that package is installed.
 
 Checked at export, in fp32, against the training model: logits (up to {max_logit:.1f}) within {max_diff:.1e} after
 each of 1 to {n_checked} loops, and within {max_diff_cached:.1e} decoding from the cache. Weights are stored in {dtype}.

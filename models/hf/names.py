@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopline.models.config import ModelConfig
+from loopline.models.hf.configuration_loopline import LAYER_TYPES
 from loopline.models.hf.errors import CheckpointError
 from loopline.models.looped_lm import LoopedLM
 
@@ -29,9 +30,13 @@ BLOCK_NAMES = (
     ("ffn_out_norm.", "post_attention_layernorm_2."),
     ("ffn.", "mlp."),
 )
-MIXER_NAMES = {"full": ("mixer.", "self_attn."), "gdn": ("mixer.", "linear_attn.")}  # by the block's mixer
+# Softmax mixers and linear ones, as transformers' hybrids name them.
+MIXER_NAMES = {
+    name: ("mixer.", "linear_attn." if layer_type == "linear_attention" else "self_attn.")
+    for name, layer_type in LAYER_TYPES.items()
+}
 
-# (Hugging Face's config key, path in ModelConfig)
+# (Hugging Face's config key, field of ModelConfig)
 CONFIG_KEYS = (
     ("vocab_size", "vocab_size"),
     ("hidden_size", "d_model"),
@@ -43,18 +48,8 @@ CONFIG_KEYS = (
     ("rms_norm_eps", "norm_eps"),
     ("loop_update", "update"),
     ("tie_word_embeddings", "tie_embeddings"),
-    ("num_attention_heads", "full.n_heads"),
-    ("num_key_value_heads", "full.n_kv_heads"),
-    ("head_dim", "full.d_head"),
-    ("rope_theta", "full.rope_theta"),
-    ("attn_output_gate", "full.output_gate"),
-    ("linear_num_heads", "gdn.n_heads"),
-    ("linear_key_head_dim", "gdn.d_head_k"),
-    ("linear_value_head_dim", "gdn.d_head_v"),
-    ("linear_conv_kernel_dim", "gdn.conv_size"),
-    ("linear_allow_neg_eigval", "gdn.allow_negative_eigenvalues"),
-    ("linear_backend", "gdn.backend"),
 )
+# Beside these: "mixer_names", the pattern spelled out, and "mixers", the settings of each mixer named.
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -112,8 +107,12 @@ def from_hf_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of LooplineConfig that say what the model is."""
-    ours = config.model_dump()
-    return {key: _get(ours, path) for key, path in CONFIG_KEYS}
+    ours = config.model_dump(mode="json")
+    return {
+        **{key: ours[field] for key, field in CONFIG_KEYS},
+        "mixer_names": config.mixer_names,
+        "mixers": {name: ours[name] for name in config.sections},
+    }
 
 
 def from_hf_config(content: dict[str, Any]) -> ModelConfig:
@@ -126,23 +125,21 @@ def from_hf_config(content: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"config.json has model_type {content.get('model_type')!r}; only {MODEL_TYPE!r} can be imported"
         )
-    missing = [key for key, _ in CONFIG_KEYS if key not in content]
+    missing = [key for key in (*dict(CONFIG_KEYS), "mixer_names", "mixers") if key not in content]
     if missing:
         raise CheckpointError(f"config.json lacks {_some(missing)}; every key of LooplineConfig must be there")
-    ours: dict[str, Any] = {"full": {}, "gdn": {}}
-    for key, path in CONFIG_KEYS:
-        section, _, field = path.rpartition(".")
-        (ours[section] if section else ours)[field] = content[key]
+    if not isinstance(content["mixers"], dict):
+        raise CheckpointError(f"config.json has mixers = {content['mixers']!r}; expected settings by mixer name")
     try:
-        return ModelConfig(**ours)
-    except ValueError as error:  # pydantic's message names the field
+        config = ModelConfig(**{field: content[key] for key, field in CONFIG_KEYS}, **content["mixers"])
+    except (TypeError, ValueError) as error:  # pydantic's message names the field
         raise CheckpointError(f"config.json describes no valid model: {error}") from error
-
-
-def _get(tree: dict[str, Any], path: str) -> Any:
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
+    if config.mixer_names != content["mixer_names"] or set(config.sections) != set(content["mixers"]):
+        raise CheckpointError(
+            f"config.json names mixers {_some(content['mixer_names'])}, with settings of "
+            f"{_some(sorted(content['mixers']))}, but its mixer_pattern is {content['mixer_pattern']!r}: was it edited?"
+        )
+    return config
 
 
 def _some(items: list[str]) -> str:

@@ -29,6 +29,7 @@ with warnings.catch_warnings():
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
 
@@ -45,6 +46,7 @@ __all__ = [
     "forward_backward_pipelining_without_interleaving",
     "gather_from_sequence_parallel_region",
     "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
     "run_without_cuda",
     "vocab_parallel_cross_entropy",
 ]

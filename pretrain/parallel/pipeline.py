@@ -84,7 +84,7 @@ class LoopChunk(nn.Module):
             h, h_in = self.carry.unpack(self.input)
             if topology.is_first_stage:
                 h_in = h  # a new loop starts from what the last stage sent
-        h = model.run_blocks(h, self.vp_stage, batch.packing)
+        h = model.run_blocks(h, self.vp_stage, batch.row)
         if topology.is_last_stage:
             h = model.finish_loop(h, h_in, self.vp_stage)
             if self.vp_stage == model.config.n_loops - 1:

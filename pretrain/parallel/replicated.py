@@ -26,7 +26,8 @@ class ReplicatedOptimizer:
         self.model, self.topology = model, topology
         self.grad_clip = config.grad_clip
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.optimizer = build_adamw(self.parameters, config)
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.optimizer = build_adamw(self.trained, config)
 
     def forward(self, compute: Callable[[LoopedLM], Tensor]) -> Tensor:
         """`compute(model)`."""
@@ -44,12 +45,12 @@ class ReplicatedOptimizer:
         """
         set_learning_rate(self.optimizer, lr)
         sum_tied_gradients(self.model, self.topology)
-        sum_gradients(list(self.parameters.values()), self.topology.dp_group if self.topology.dp > 1 else None)
-        norm = gradient_norm(self.parameters, self.topology)
+        sum_gradients(list(self.trained.values()), self.topology.dp_group if self.topology.dp > 1 else None)
+        norm = gradient_norm(self.trained, self.topology)
         if torch.isfinite(torch.tensor(norm)):
             factor = clip_factor(norm, self.grad_clip)
             if factor < 1:
-                torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], factor)
+                torch._foreach_mul_([p.grad for p in self.trained.values() if p.grad is not None], factor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -60,13 +61,13 @@ class ReplicatedOptimizer:
         if self.topology.dp_rank:
             return None
         parameter = self.parameters[name]
-        state = self.optimizer.state[parameter]
+        state = self.optimizer.state.get(parameter, {})  # a frozen one has none
         moments = {key: state[key] if key in state else torch.zeros_like(parameter) for key in MOMENTS}
         return {"weight": parameter.detach(), **moments}
 
     def restore_moments(self, moments: dict[str, dict[str, Tensor]], step: int) -> None:
         """Put Adam's moments back: {parameter: {exp_avg, exp_avg_sq}} after `step` updates."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)),
                 **{key: value.to(parameter.device) for key, value in moments[name].items()},

@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loopline.models.block import Block
-from loopline.models.layers import Embedding, Linear, RMSNorm
+from loopline.models.layers import Embedding, GroupRMSNorm, Linear, RMSNorm
 from loopline.models.looped_lm import LoopedLM, LoopGate
+from loopline.models.mixers.mixer import Mixer
 from loopline.pretrain.parallel import megatron as mg
-from loopline.pretrain.parallel.plans import FFN_PLAN, MIXER_PLANS
+from loopline.pretrain.parallel.plans import CUT_DIMS, FFN_PLAN, MIXER_PLANS
 from loopline.pretrain.parallel.topology import Topology
 
 
@@ -59,6 +61,33 @@ class PartialRMSNorm(RMSNorm):
         return mg.copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
 
 
+class PartialLinear(Linear):
+    """A whole linear whose outputs are used by part of the heads: its gradient is summed over ranks."""
+
+    tp_group: torch.distributed.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out], the same on every rank."""
+        weight = mg.copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
+        return F.linear(x, weight.to(x.dtype))
+
+
+class CutGroupRMSNorm(GroupRMSNorm):
+    """A norm over channels of all heads, some of which are held here: groups are whole, or one group is cut."""
+
+    tp_group: torch.distributed.ProcessGroup
+    is_group_cut: bool
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Over every rank's channels: forward and backward both sum, for each rank's output depends on the sum."""
+        own = super().mean_square(x)
+        if not self.is_group_cut:
+            return own
+        total = mg.reduce_from_tensor_model_parallel_region(own, group=self.tp_group)
+        total = mg.copy_to_tensor_model_parallel_region(total, group=self.tp_group)
+        return total / torch.distributed.get_world_size(self.tp_group)
+
+
 class PartialLoopGate(LoopGate):
     """A whole loop gate used on part of the tokens."""
 
@@ -88,11 +117,15 @@ def apply_tensor_parallel(model: LoopedLM, topology: Topology, *, sequence_paral
             if part is None:
                 continue
             if kind == "shard":
-                setattr(module, name, nn.Parameter(part.chunk(topology.tp, 0)[topology.tp_rank].clone()))
-            elif kind == "partial":
-                _make_partial(part, topology)
-            else:
+                setattr(module, name, _cut_parameter(part, topology))
+            elif kind == "norm":
+                _cut_norm(part, topology)
+            elif kind in ("column", "row"):
                 setattr(module, name, _cut_linear(part, kind, topology, column if kind == "column" else row))
+            elif kind == "partial" and isinstance(part, nn.Module):
+                _make_partial(part, topology)  # a parameter of the mixer's own goes through Mixer.whole
+        if isinstance(module, Mixer):
+            _share_heads(module, topology)
         module.register_forward_pre_hook(enter)
 
     for name, block in model.blocks.items():
@@ -125,11 +158,9 @@ def mark_shards(model: LoopedLM, topology: Topology) -> None:
         plans = {"mixer": MIXER_PLANS[model.config.mixer_names[int(name)]], "ffn": FFN_PLAN}
         for part, plan in plans.items():
             for key, kind in plan.items():
-                prefix = f"blocks.{name}.{part}.{key}"
-                if kind == "shard":
-                    kinds[prefix] = 0
-                elif kind != "partial":
-                    kinds[f"{prefix}.weight"] = 0 if kind == "column" else 1
+                if kind in CUT_DIMS:
+                    prefix = f"blocks.{name}.{part}.{key}"
+                    kinds[prefix if kind == "shard" else f"{prefix}.weight"] = CUT_DIMS[kind]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.tensor_model_parallel = name in kinds  # type: ignore[attr-defined]
         if name in kinds:
@@ -188,9 +219,38 @@ def _cut_linear(part: Linear, kind: str, topology: Topology, config: mg.ModelPar
     )
 
 
+def _cut_parameter(part: Tensor, topology: Topology) -> nn.Parameter:
+    return nn.Parameter(part.chunk(topology.tp, 0)[topology.tp_rank].clone())
+
+
+def _cut_norm(norm: GroupRMSNorm, topology: Topology) -> None:
+    norm.__class__ = CutGroupRMSNorm
+    assert isinstance(norm, CutGroupRMSNorm)
+    norm.weight = _cut_parameter(norm.weight, topology)
+    norm.tp_group = topology.tp_group  # type: ignore[assignment]
+    norm.is_group_cut = norm.n_groups == 1
+    norm.n_groups = max(1, norm.n_groups // topology.tp)
+
+
+def _share_heads(mixer: Mixer, topology: Topology) -> None:
+    """Fill in what a mixer leaves to the layout. On the instance: a class made here would not be the mixer's own."""
+
+    def whole(parameter: Tensor) -> Tensor:
+        return mg.copy_to_tensor_model_parallel_region(parameter, group=topology.tp_group)
+
+    def sum_over_ranks(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        torch.distributed.all_reduce(x, group=topology.tp_group)
+        return x
+
+    mixer.share = (topology.tp_rank, topology.tp)
+    mixer.whole = whole  # type: ignore[method-assign]
+    mixer.sum_over_ranks = sum_over_ranks  # type: ignore[method-assign]
+
+
 def _make_partial(module: nn.Module, topology: Topology) -> None:
     # The class changes and nothing else: parameters and their names stay.
-    module.__class__ = {RMSNorm: PartialRMSNorm, LoopGate: PartialLoopGate}[type(module)]
+    module.__class__ = {RMSNorm: PartialRMSNorm, LoopGate: PartialLoopGate, Linear: PartialLinear}[type(module)]
     module.tp_group = topology.tp_group  # type: ignore[assignment]
 
 

@@ -52,9 +52,10 @@ class ZeroOptimizer:
         self.model, self.topology, self.stage = model, topology, stage
         self.loss_scale = float(topology.dp)
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self.engine, _, _, _ = deepspeed.initialize(
             model=_Wrapped(model),
-            optimizer=build_adamw(self.parameters, config),
+            optimizer=build_adamw(self.trained, config),
             mpu=_Grid(topology),
             dist_init_required=False,
             config=_engine_config(stage, config.grad_clip),
@@ -82,6 +83,9 @@ class ZeroOptimizer:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self.parameters[name]
+        if name not in self.trained:  # frozen weights are whole on every rank: stage 3 refuses them
+            parts = {"weight": parameter.detach(), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+            return None if self.topology.dp_rank else parts
         parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         parts["weight"] = safe_get_full_fp32_param(parameter)
         return None if self.topology.dp_rank else parts
@@ -90,7 +94,7 @@ class ZeroOptimizer:
         """As ReplicatedOptimizer.restore_moments."""
         for state in self.optimizer.state.values():
             state["step"].fill_(float(step))
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             for key in MOMENTS:
                 self._set_state(parameter, moments[name][key], key)
 

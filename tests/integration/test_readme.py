@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from loopline.models.config import MIXERS
-from loopline.pretrain.config import RunConfig, Section, load_config, recipe_names
+from loopline.models.mixers.registry import MIXER_MODULES
+from loopline.models.settings.section import Section
+from loopline.pretrain.config import RunConfig, load_config, recipe_names
 from tests.tolerances import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,15 +235,31 @@ def test_the_readme_lists_the_fixed_names():
     assert not [name for name in names if f"`{name}`" not in README or not has_field(name)]
 
 
-def test_the_readme_lists_every_recipe_as_it_is():
+def recipe_rows() -> dict[str, str]:
+    """Row of every recipe: a cell may name several, and stand for families by a word in capitals."""
     (table,) = re.findall(r"\| recipe \|.*?\n\n", README, re.DOTALL)
-    rows = {row.split("|")[1].strip(" `"): row for row in table.strip().splitlines()[2:]}
-    assert sorted(rows) == recipe_names()
-    for name, row in rows.items():
+    rows = {}
+    for row in table.strip().splitlines()[2:]:
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            family = {
+                "MIXER": [mixer for mixer in MIXERS if mixer not in ("full", "gdn")],
+                "VARIANT": re.findall(r"`([^`]+)`", row.split("|")[2]),
+            }
+            (word,) = [word for word in family if word in name] or [""]
+            rows |= {name.replace(word, value): row for value in family[word]} if word else {name: row}
+    return rows
+
+
+def test_the_readme_lists_every_recipe_as_it_is():
+    rows = recipe_rows()
+    assert sorted([*rows, "lt2_600m", "lt2_1b"]) == recipe_names()  # those two are what their variants share
+    for name in ("debug", "quickstart"):
         config = load_config(name)
         model = config.model
-        assert f"{model.n_blocks} blocks (`{model.pattern}`), {model.n_loops} loops, d_model {model.d_model}" in row
-        assert f"`{config.run.dir}`" in row
+        expected = f"{model.n_blocks} blocks (`{model.pattern}`), {model.n_loops} loops, d_model {model.d_model}"
+        assert expected in rows[name]
+        assert f"`{config.run.dir}`" in rows[name]
+    assert all(load_config(name).run.dir == f"runs/{name}" for name in rows)
 
 
 def test_every_recipe_a_command_names_exists():
@@ -254,6 +272,28 @@ def test_every_recipe_a_command_names_exists():
 def test_the_readme_lists_every_mixer():
     (table,) = re.findall(r"\| name \| mixer \|.*?\n\n", README, re.DOTALL)
     assert [row.split("|")[1].strip(" `") for row in table.strip().splitlines()[2:]] == list(MIXERS)
+
+
+def test_the_costs_of_mixers_in_the_documentation_are_those_of_the_formulas():
+    text = (ROOT / "docs/mixers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert [row[0] for row in rows] == list(MIXERS)
+    model = load_config("lt2_1b").model
+    sizes = {name: getattr(model, name) for name in MIXERS} | {
+        "gla": MIXERS["gla"](n_heads=16, d_head_k=64, d_head_v=128)
+    }
+    for name, parameters, short, long, fixed, per_token in rows:
+        section, d = sizes[name], model.d_model
+        assert parameters == f"{section.parameters(d) / 1e6:.1f}", name
+        assert (short, long) == tuple(f"{section.flops(d, n) / 1e6:.1f}" for n in (4096, 65536)), name
+        assert (fixed, per_token) == tuple(f"{n:,}" for n in section.cache_numbers(d)), name
+
+
+def test_the_backends_of_mixers_in_the_readme_are_those_of_their_ops():
+    (table,) = re.findall(r"\| name \| mixer \|.*?\n\n", README, re.DOTALL)
+    for row in table.strip().splitlines()[2:]:
+        cells = row.split("|")
+        assert re.findall(r"`(\w+)`", cells[-2]) == list(MIXER_MODULES[cells[1].strip(" `")].backends)
 
 
 def test_the_tolerances_in_the_documentation_are_those_of_the_tests():

@@ -1,5 +1,6 @@
 """Imports run one way, each heavy library has one door, and a login node needs no torch."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from source_tree import ROOT, imports_of, is_under, module_path, short, source_files
+
+from loopline.models.hf.modules.registry import MIXERS
+from loopline.models.hf.shipping import shipped_sources
 
 # Package -> packages of ours it may import.
 MAY_IMPORT = {
@@ -16,13 +20,13 @@ MAY_IMPORT = {
     "pretrain": {"pretrain", "models", "kernels", "data_pipeline"},
     "launchers": {"launchers", "pretrain", "models", "kernels", "data_pipeline"},
 }
-SHIPPED = [ROOT / "models/hf/configuration_loopline.py", ROOT / "models/hf/modeling_loopline.py"]
 TORCH_FREE = [
     ROOT / "pretrain/config.py",
     ROOT / "pretrain/plan.py",
     ROOT / "models/config.py",
     ROOT / "models/flops.py",
     ROOT / "models/loop_plan.py",
+    *sorted((ROOT / "models/settings").glob("*.py")),
     *sorted((ROOT / "launchers").glob("*.py")),
 ]
 ONLY_IN = {  # library -> the one file that may import it
@@ -48,15 +52,16 @@ def test_packages_are_imported_under_loopline_and_tests_by_nobody(path: Path) ->
     assert not bare, "import loopline.<package>: a bare `kernels` is Hugging Face's"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=short)
-def test_files_shipped_with_an_export_import_only_torch_transformers_and_each_other(path: Path) -> None:
-    siblings = tuple(f"loopline.models.hf.{p.stem}" for p in SHIPPED)
-    allowed = ("torch", "transformers", "fla", *siblings, *sys.stdlib_module_names)
-    assert not [f"{i.line}: {i.module}" for i in imports_of(path) if not is_under(i.module, *allowed)]
-    # Their folder has no loopline beside it, so a sibling is imported relatively.
-    assert "loopline." not in "".join(
-        line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))
-    )
+@pytest.mark.parametrize(("name", "source"), shipped_sources(list(MIXERS)).items(), ids=lambda x: x[:40])
+def test_files_shipped_with_an_export_import_only_torch_transformers_and_each_other(name: str, source: str) -> None:
+    siblings = {Path(file).stem for file in shipped_sources(list(MIXERS))}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:  # its folder has no loopline beside it
+            assert (node.level, node.module in siblings) == (1, True), (name, node.module)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            allowed = ("torch", "transformers", "fla", *sys.stdlib_module_names)
+            assert all(is_under(str(module), *allowed) for module in modules), (name, modules)
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

@@ -1,20 +1,20 @@
 """Tiny models for the Hugging Face tests, with every zero-initialised weight moved off zero."""
 
-import functools
-import sys
-import types
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from loopline.models.config import FullAttentionConfig, GatedDeltaConfig, ModelConfig
-from loopline.models.hf import modeling_loopline
+from loopline.models.config import MIXERS, ModelConfig
 from loopline.models.hf.configuration_loopline import LooplineConfig
 from loopline.models.hf.export import stored_weights
+from loopline.models.hf.modeling_loopline import LooplineForCausalLM
 from loopline.models.hf.names import to_hf_config, to_hf_weights
 from loopline.models.init import init_weights
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.mixers.registry import MIXER_MODULES
+from loopline.models.settings.full import FullAttentionConfig
+from loopline.models.settings.gdn import GatedDeltaConfig
+from loopline.models.settings.mamba2 import Mamba2Config
+from tests.unit.small_mixers import SMALL
 
 VOCAB_SIZE = 67
 FP32_TOLERANCE = 1e-5  # the same arithmetic in the same order: measured 0.0
@@ -29,6 +29,7 @@ def _config(**settings: object) -> ModelConfig:
         "d_model": 16,
         "n_blocks": 2,
         "d_ffn": 24,
+        **SMALL,
         "full": FullAttentionConfig(n_heads=2),
         "gdn": GatedDeltaConfig(n_heads=2, d_head_k=6, d_head_v=12),
     }
@@ -53,11 +54,24 @@ CONFIGS = {
     "hybrid-gate-3-sandwich": _config(
         n_blocks=3, n_loops=3, update="gate", pattern="gdn*2,full", norm="sandwich", full=GQA
     ),
+    # One of every other mixer.
+    **{f"{name}-gate-2": _config(n_loops=2, pattern=name) for name in MIXER_MODULES if name not in ("full", "gdn")},
+    "mamba2-norm-1-groups": _config(
+        n_loops=1,
+        update="norm",
+        pattern="mamba2",
+        mamba2=Mamba2Config(n_heads=4, d_head=3, d_state=5, n_groups=2, conv_size=3),
+    ),
     "hybrid-replace-1": _config(
         n_loops=1, update="replace", pattern="full,gdn", gdn=GatedDeltaConfig(d_head_k=4, d_head_v=8, conv_size=1)
     ),
 }
 HYBRID = "hybrid-gate-3-sandwich"
+
+
+def of_used_mixers(config: ModelConfig) -> ModelConfig:
+    """The config without settings of mixers the model does not have: an export does not carry them."""
+    return ModelConfig(**config.model_dump(exclude=set(MIXERS) - set(config.sections)))
 
 
 def build(name: str) -> LoopedLM:
@@ -76,32 +90,20 @@ def tokens_of(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def hf_model(model: LoopedLM) -> modeling_loopline.LooplineForCausalLM:
+def hf_model(model: LoopedLM) -> LooplineForCausalLM:
     """The Hugging Face model with the same weights, fp32, without a folder in between."""
-    return _fill(modeling_loopline, model, torch.float32)
+    return _fill(model, torch.float32)
 
 
-def hf_model_fp64(model: LoopedLM) -> modeling_loopline.LooplineForCausalLM:
+def hf_model_fp64(model: LoopedLM) -> LooplineForCausalLM:
     """The same in fp64 throughout: differences that remain are bugs and not rounding."""
-    return _fill(_modelling_fp64(), model, torch.float64)
+    return _fill(model, torch.float64)
 
 
-def _fill(module: types.ModuleType, model: LoopedLM, dtype: torch.dtype) -> modeling_loopline.LooplineForCausalLM:
-    loaded = module.LooplineForCausalLM(LooplineConfig(**to_hf_config(model.config))).to(dtype).eval()
+def _fill(model: LoopedLM, dtype: torch.dtype) -> LooplineForCausalLM:
+    loaded = LooplineForCausalLM(LooplineConfig(**to_hf_config(model.config))).to(dtype).eval()
     weights = to_hf_weights(stored_weights(model, "float32"), model.config)
     if model.config.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     loaded.load_state_dict(weights)
     return loaded
-
-
-@functools.cache
-def _modelling_fp64() -> types.ModuleType:
-    """The modelling file with its fp32 sections in fp64."""
-    source = Path(modeling_loopline.__file__).read_text(encoding="utf-8")
-    source = source.replace(".float()", ".double()").replace("torch.float32", "torch.float64")
-    module = types.ModuleType("loopline.models.hf.modeling_loopline_fp64")
-    module.__package__ = "loopline.models.hf"
-    sys.modules[module.__name__] = module
-    exec(compile(source, module.__name__, "exec"), module.__dict__)
-    return module

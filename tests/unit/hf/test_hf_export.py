@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import FP32_TOLERANCE, HYBRID, build, tokens_of
+from hf_cases import FP32_TOLERANCE, HYBRID, build, of_used_mixers, tokens_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -26,7 +27,7 @@ def test_round_trip_keeps_every_weight_and_the_config(model: LoopedLM, tmp_path:
     assert len(report.max_diff) == model.config.n_loops + 1
     assert max(report.max_diff) <= FP32_TOLERANCE
     config, weights = import_hf(tmp_path / "out")
-    assert config == model.config
+    assert config == of_used_mixers(model.config)
     want = {name: w.float() for name, w in export.stored_weights(model, dtype).items()}
     assert weights.keys() == want.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(weights[name], want[name]) for name in want)
@@ -51,7 +52,7 @@ def test_what_save_pretrained_writes_loads_and_can_be_imported(model: LoopedLM, 
     load(tmp_path / "a").save_pretrained(tmp_path / "b")
     check_export(tmp_path / "b", model)
     config, weights = import_hf(tmp_path / "b")
-    assert config == model.config
+    assert config == of_used_mixers(model.config)
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 
 
@@ -93,11 +94,17 @@ def test_auto_classes_find_the_code(tmp_path: Path) -> None:
     assert base(tokens_of(1, 3)).last_hidden_state.shape == (1, 3, 16)
 
 
-def test_modelling_code_needs_torch_and_transformers_only() -> None:
+def test_modelling_code_needs_torch_and_transformers_only(tmp_path: Path) -> None:
     from transformers.dynamic_module_utils import get_imports
 
-    found = {name for file in export.CODE_FILES for name in get_imports(Path(export.__file__).parent / file)}
-    assert found <= {"torch", "transformers", "collections", "dataclasses", "functools", "typing"}
+    export_hf(build(HYBRID), tmp_path / "out")
+    files = {path.stem.removesuffix(path.stem[-9:]): path for path in (tmp_path / "out").glob("*_????????.py")}
+    assert {"configuration_loopline", "full", "gdn", "gated_delta_reference"} <= set(files)
+    assert not {"window", "kda"} & set(files)  # of mixers, those it has
+    files["modeling_loopline"] = tmp_path / "out" / "modeling_loopline.py"
+    found = {name for path in files.values() for name in get_imports(path)}
+    assert found <= {"torch", "transformers", "fla", *sys.stdlib_module_names}
+    assert not [path for path in files.values() if "from loopline" in path.read_text()]
 
 
 def test_changed_code_under_the_same_name_is_loaded_anew(tmp_path: Path) -> None:
@@ -166,18 +173,18 @@ def test_one_wrong_weight_fails_the_check(tmp_path: Path, leaf: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("file_name", "right", "wrong"),
     [
-        ("min(loop_idx, len(self.rho) - 1)", "0"),
-        ("state = state * g.exp()[..., None, None]", "pass"),  # decoding only
-        ("x = x.masked_fill(~is_token[..., None], 0.0)", "pass"),  # padding only
+        ("modeling_loopline", "min(loop_idx, len(self.rho) - 1)", "0"),
+        ("call", "initial_state=cache.get_recurrent_state(slot) if cache is not None else None", "initial_state=None"),
+        ("call", "x if call.is_token is None else x.masked_fill(~call.is_token[..., None], 0.0)", "x"),
     ],
     ids=["loop gate", "decode", "padding"],
 )
-def test_wrong_code_fails_the_check(tmp_path: Path, right: str, wrong: str) -> None:
+def test_wrong_code_fails_the_check(tmp_path: Path, file_name: str, right: str, wrong: str) -> None:
     model = build(HYBRID)
     export_hf(model, tmp_path / "out")
-    path = tmp_path / "out" / "modeling_loopline.py"
+    (path,) = (tmp_path / "out").glob(f"{file_name}*.py")
     code = path.read_text()
     assert code.count(right) == 1
     path.write_text(code.replace(right, wrong))
@@ -251,6 +258,6 @@ def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
 
 def test_import_runs_no_code_from_the_folder(tmp_path: Path) -> None:
     export_hf(build(HYBRID), tmp_path / "out")
-    for name in export.CODE_FILES:
-        (tmp_path / "out" / name).write_text("raise SystemExit('ran')")
+    for path in (tmp_path / "out").glob("*.py"):
+        path.write_text("raise SystemExit('ran')")
     import_hf(tmp_path / "out")

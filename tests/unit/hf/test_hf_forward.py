@@ -212,7 +212,10 @@ def test_loss_is_shifted_cross_entropy_and_reaches_every_weight(model: LoopedLM)
     torch.testing.assert_close(out.loss, want)
     torch.testing.assert_close(hf(tokens, labels=labels, num_items_in_batch=5).loss * 5, want * 15)
     out.loss.backward()
-    assert not [name for name, p in hf.named_parameters() if p.grad is None or not p.grad.any()]
+    # An indexer learns from its own loss in training, which the language-model loss does not reach.
+    assert not [
+        name for name, p in hf.named_parameters() if ".index_" not in name and (p.grad is None or not p.grad.any())
+    ]
 
 
 def test_gradients_match_the_training_model(model: LoopedLM) -> None:

@@ -1,12 +1,10 @@
 """Names and settings go to Hugging Face's and come back unchanged."""
 
-from typing import get_args
-
 import pytest
 import torch
-from hf_cases import CONFIGS, HYBRID, build
+from hf_cases import CONFIGS, HYBRID, build, of_used_mixers
 
-from loopline.models.config import ModelConfig
+from loopline.models.config import MIXERS, ModelConfig
 from loopline.models.hf import names
 from loopline.models.hf.configuration_loopline import LAYER_TYPES, LooplineConfig
 from loopline.models.hf.errors import CheckpointError
@@ -33,20 +31,13 @@ def test_weights_come_back_as_the_same_tensors(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_config_comes_back_equal(config: ModelConfig) -> None:
-    assert names.from_hf_config({"model_type": "loopline", **names.to_hf_config(config)}) == config
+    assert names.from_hf_config({"model_type": "loopline", **names.to_hf_config(config)}) == of_used_mixers(config)
 
 
 def test_config_table_covers_every_setting() -> None:
-    def leaves(section: type, prefix: str = "") -> set[str]:
-        found: set[str] = set()
-        for name, field in section.model_fields.items():
-            nested = [t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")]
-            found |= leaves(nested[0], f"{name}.") if nested else {prefix + name}
-        return found
-
-    paths = [path for _, path in names.CONFIG_KEYS]
-    assert sorted(paths) == sorted(leaves(ModelConfig))
-    assert {key for key, _ in names.CONFIG_KEYS} <= set(LooplineConfig().to_dict())
+    fields = [field for _, field in names.CONFIG_KEYS]
+    assert sorted([*fields, *MIXERS]) == sorted(ModelConfig.model_fields)
+    assert set(names.to_hf_config(CONFIGS[HYBRID])) <= set(LooplineConfig().to_dict())
 
 
 def test_every_mixer_has_names_and_a_cache_layer() -> None:
@@ -56,9 +47,10 @@ def test_every_mixer_has_names_and_a_cache_layer() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_hf_config_reads_the_pattern_as_the_training_config_does(config: ModelConfig) -> None:
     hf = LooplineConfig(**names.to_hf_config(config))
-    assert hf.block_types == [LAYER_TYPES[name] for name in config.mixer_names]
-    assert hf.layer_types[1:] == (hf.block_types * config.n_loops)[1:]
-    assert hf.layer_types[0] == ("hybrid" if set(config.mixer_names) == {"gdn"} else hf.block_types[0])
+    assert hf.names == config.mixer_names
+    types = [LAYER_TYPES[name] for name in config.mixer_names]
+    assert hf.layer_types[1:] == (types * config.n_loops)[1:]
+    assert hf.layer_types[0] == ("hybrid" if set(types) == {"linear_attention"} else types[0])
     assert hf.num_hidden_layers == config.plan.depth
     assert [config.plan.slot(step) for step in config.plan.steps()] == list(range(hf.num_hidden_layers))
 
@@ -74,6 +66,9 @@ def test_an_unknown_parameter_is_refused() -> None:
         ({"model_type": "llama"}, "'llama'"),
         ({"hidden_size": None}, "d_model"),
         ({"mixer_pattern": "mamba"}, "unknown mixer"),
+        ({"mixer_pattern": "gdn,full"}, "was it edited"),
+        ({"mixers": []}, "by mixer name"),
+        ({"mixers": {"gdn": {"n_head": 2}}}, "n_head"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(change: dict, message: str) -> None:
@@ -84,8 +79,8 @@ def test_a_config_that_is_not_ours_is_refused(change: dict, message: str) -> Non
 
 def test_a_missing_config_key_is_named() -> None:
     content = {"model_type": "loopline", **names.to_hf_config(CONFIGS[HYBRID])}
-    del content["linear_num_heads"]
-    with pytest.raises(CheckpointError, match="linear_num_heads"):
+    del content["mixers"]
+    with pytest.raises(CheckpointError, match="mixers"):
         names.from_hf_config(content)
 
 

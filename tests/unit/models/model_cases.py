@@ -5,9 +5,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from loopline.models.config import FullAttentionConfig, GatedDeltaConfig, ModelConfig
+from loopline.models.config import ModelConfig
+from loopline.models.context import BlockContext, RowContext
 from loopline.models.init import init_weights
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.mixers.registry import MIXER_MODULES
+from loopline.models.packing import Packing
+from loopline.models.settings.gdn import GatedDeltaConfig
+from tests.unit.small_mixers import SMALL
 
 VOCAB_SIZE = 61
 PATTERNS = ("full", "gdn", "gdn,full")
@@ -26,7 +31,7 @@ def make_config(**settings: object) -> ModelConfig:
         "d_ffn": 40,
         # Gated DeltaNet's output norm magnifies rounding by up to 1/eps^0.5: see recipes/debug.toml.
         "norm_eps": 1e-3,
-        "full": FullAttentionConfig(n_heads=4, n_kv_heads=2, d_head=6, output_gate=True),
+        **SMALL,
         "gdn": GatedDeltaConfig(n_heads=3, d_head_k=6, d_head_v=10),
     }
     return ModelConfig(**{**small, **settings})
@@ -37,6 +42,9 @@ CONFIGS = {
     for pattern, update, norm in itertools.product(PATTERNS, UPDATES, NORMS)
 }
 CONFIGS["gdn,full-gate-pre-tied"] = make_config(tie_embeddings=True)
+# Every mixer there is; every update and norm over two of them.
+EVERY_MIXER = {name: make_config(pattern=name) for name in MIXER_MODULES}
+EVERY_MIXER |= {name: config for name, config in CONFIGS.items() if name.startswith("gdn,full")}
 
 
 def starting_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LoopedLM:
@@ -59,6 +67,11 @@ def moved_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Loop
 def tokens_of(*shape: int, low: int = 0, high: int = VOCAB_SIZE) -> Tensor:
     """Random tokens in [low, high)."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def context_of(cu_seqlens: list[int], n_loops: int = 1) -> BlockContext:
+    """The first block's view of a row of documents in its first loop."""
+    return RowContext(Packing.of(cu_seqlens, "cpu"), n_loops).at(0, 0)
 
 
 def gradients(model: LoopedLM, logits: list[Tensor]) -> dict[str, Tensor]:

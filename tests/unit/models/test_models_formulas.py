@@ -8,16 +8,12 @@ from model_cases import make_config, tokens_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopline.models.config import MIXERS, FullAttentionConfig, GatedDeltaConfig, ModelConfig
-from loopline.models.flops import (
-    block_parameters,
-    forward_flops,
-    mixer_flops,
-    mixer_parameters,
-    model_parameters,
-    train_flops,
-)
+from loopline.models.config import MIXERS, ModelConfig
+from loopline.models.flops import block_parameters, forward_flops, model_parameters, train_flops
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.settings.full import FullAttentionConfig
+from loopline.models.settings.gdn import GatedDeltaConfig
+from loopline.models.settings.section import mean_keys
 
 FULL = [
     FullAttentionConfig(n_heads=4),
@@ -61,7 +57,7 @@ def test_parameter_formula_equals_the_built_model_over_a_grid() -> None:
         assert count(model) == model_parameters(config), config
         for block, name in zip(model.blocks.values(), config.mixer_names):
             assert count(block) == block_parameters(config, name), config
-            assert count(block.mixer) == mixer_parameters(config, name), config
+            assert count(block.mixer) == config.sections[name].parameters(config.d_model), config
 
 
 @pytest.mark.parametrize(("n_blocks", "published"), [(24, 1_434_652_673), (48, 2_667_974_657)])
@@ -99,12 +95,9 @@ def counted_forward(config: ModelConfig, n_tokens: int, n_loops: int | None = No
 def test_flop_formula_equals_torchs_count_of_matrix_products(full: FullAttentionConfig, n_tokens: int) -> None:
     config = make_config(pattern="full", full=full)
     counted = counted_forward(config, n_tokens).get_total_flops()
-    block = mixer_flops(config, "full", mean_context=n_tokens) + 6 * config.d_model * config.d_ffn
-    per_token = config.plan.depth * block + 2 * config.d_model * config.vocab_size
-    assert counted == n_tokens * per_token
-    # The formula proper counts the (T + 1) / 2 keys a query really sees on average.
-    skipped = 4 * full.n_heads * config.d_head * (n_tokens - 1) / 2
-    assert forward_flops(config, n_tokens) == per_token - config.plan.depth * skipped
+    # The formula counts the (T + 1) / 2 keys a query really sees on average.
+    skipped = 4 * full.n_heads * full.head_size(config.d_model) * (n_tokens - 1) / 2
+    assert counted == n_tokens * (forward_flops(config, n_tokens) + config.plan.depth * skipped)
 
 
 def test_flops_are_affine_in_executed_loops() -> None:
@@ -135,12 +128,20 @@ def test_gdn_formula_equals_torchs_count_of_its_projections_plus_the_recurrence(
     # Convolutions are sums of products here and the chunked recurrence does extra work, so neither is the counter's.
     convolutions = 2 * gdn.conv_size * gdn.n_heads * (2 * gdn.d_head_k + gdn.d_head_v)
     recurrence = 7 * gdn.n_heads * gdn.d_head_k * gdn.d_head_v
-    assert mixer_flops(config, "gdn", mean_context=33) == projections / 65 + convolutions + recurrence
+    assert gdn.flops(config.d_model, 65) == projections / 65 + convolutions + recurrence
+
+
+def test_mean_keys_is_the_mean_over_a_documents_queries() -> None:
+    for n_tokens, limit in itertools.product((1, 2, 7, 64), (1, 3, 64, 1000)):
+        assert mean_keys(n_tokens, limit) == sum(min(t + 1, limit) for t in range(n_tokens)) / n_tokens
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_has_both_formulas_and_only_attention_grows_with_context(mixer: str) -> None:
-    config = make_config(pattern=mixer)
-    assert mixer_parameters(config, mixer) > 0
-    short, long = (mixer_flops(config, mixer, mean_context) for mean_context in (10, 1000))
-    assert (long > short) == (mixer == "full")
+def test_cost_grows_with_the_document_where_the_mixer_looks_back_further(mixer: str) -> None:
+    section = MIXERS[mixer]()
+    short, long, longer = (section.flops(64, n_tokens) for n_tokens in (10, 100_000, 200_000))
+    assert (long > short) == (mixer in ("full", "window", "nsa", "dsa"))
+    assert (longer > 1.05 * long) == (mixer in ("full", "nsa", "dsa"))  # compressed blocks and index scores are dense
+    fixed, per_token = section.cache_numbers(64)
+    assert (per_token > 0) == (mixer in ("full", "nsa", "dsa"))
+    assert (fixed > 0) == (per_token == 0)

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from loopline.models.config import ModelConfig
-from loopline.models.init import init_weights, initial_value
+from loopline.models.init import fill_of, init_weights, initial_value
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.mixers.gdn import GatedDelta
 
 RANDOM = ["embed.weight", "blocks.0.ffn.up_proj.weight", "blocks.1.mixer.q_conv", "blocks.0.mixer.A_log", "x.dt_bias"]
 
@@ -24,7 +25,7 @@ def test_every_parameter_is_filled(config: ModelConfig) -> None:
     init_weights(model, seed=0)
     assert all(p.isfinite().all() for p in model.parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, initial_value(name, list(parameter.shape), 0)), name
+        assert torch.equal(parameter, initial_value(name, list(parameter.shape), 0, fill_of(model, name))), name
 
 
 def test_every_parameter_is_filled_after_the_meta_device() -> None:
@@ -127,8 +128,8 @@ def test_norms_start_at_one_and_gates_at_zero() -> None:
 
 
 def test_decay_starts_in_the_published_ranges() -> None:
-    a = initial_value("blocks.0.mixer.A_log", [4000], 0).exp()
-    dt = F.softplus(initial_value("blocks.0.mixer.dt_bias", [4000], 0))
+    a = initial_value("blocks.0.mixer.A_log", [4000], 0, GatedDelta.fills["A_log"]).exp()
+    dt = F.softplus(initial_value("blocks.0.mixer.dt_bias", [4000], 0, GatedDelta.fills["dt_bias"]))
     assert 0 < a.min() < 0.1
     assert 15.9 < a.max() <= 16
     assert abs(a.mean() - 8) < 0.3

@@ -1,7 +1,6 @@
-"""The looped model: documents stay apart, nothing looks ahead, a loop is the same blocks again, gates start closed."""
+"""The looped model: a row is its documents, a loop is the same blocks again, gates start closed."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from model_cases import (
     NORMS,
     PATTERNS,
     UPDATES,
+    context_of,
     gradients,
     make_config,
     moved_model,
@@ -18,9 +18,11 @@ from model_cases import (
 )
 from torch import Tensor
 
-from loopline.models.config import GatedDeltaConfig, ModelConfig
+from loopline.models.config import ModelConfig
+from loopline.models.loop_plan import Step
 from loopline.models.looped_lm import LoopedLM, run_step
 from loopline.models.packing import Packing
+from loopline.models.settings.gdn import GatedDeltaConfig
 from tests.tolerances import TOLERANCES, rms_ratio
 
 LOGITS = TOLERANCES["fp32", "logits"]
@@ -31,19 +33,6 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 # Documents.
-
-
-@torch.no_grad()
-@every_config
-def test_packed_documents_give_the_logits_of_each_document_alone(config: ModelConfig) -> None:
-    model, lengths = moved_model(config), [1, 2, 63, 64, 1, 65, 257]
-    tokens = tokens_of(1, sum(lengths))
-    cu_seqlens = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    packed = model.forward_depths(tokens, cu_seqlens, depths=[1, 2, 3])
-    for start, end in itertools.pairwise(cu_seqlens):
-        alone = model.forward_depths(tokens[:, start:end], depths=[1, 2, 3])
-        for depth in range(3):
-            assert rms_ratio(packed[depth][:, start:end], alone[depth]) <= LOGITS, (start, end, depth)
 
 
 @every_config
@@ -78,23 +67,6 @@ def test_positions_restart_at_every_document() -> None:
     assert Packing.of_batch(2, 3, "cpu").cu_seqlens == [0, 3, 6]
 
 
-# Causality.
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("t", [0, 1, 62, 63, 64, 65, 130])
-@every_config
-def test_changing_a_token_leaves_outputs_before_it_bit_identical_at_every_loop(config: ModelConfig, t: int) -> None:
-    model, tokens = moved_model(config), tokens_of(1, 131)
-    changed = tokens.clone()
-    changed[0, t] = (tokens[0, t] + 1) % config.vocab_size
-    before = model.forward_depths(tokens, depths=[1, 2, 3])
-    after = model.forward_depths(changed, depths=[1, 2, 3])
-    for old, new in zip(before, after):
-        assert torch.equal(old[:, :t], new[:, :t])
-        assert (old[:, t:] != new[:, t:]).any(-1).all()  # and everything from it on sees it
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 257])
 @every_pattern
@@ -122,14 +94,14 @@ def unrolled(model: LoopedLM) -> LoopedLM:
 
 def stack_logits(stack: LoopedLM, tokens: Tensor, rho: list[Tensor] | None, norms: list[Tensor] | None) -> Tensor:
     """The unrolled stack's logits; every so many blocks, the update of the loop written out."""
-    packing = Packing.of([0, tokens.shape[1]], "cpu")
+    context = context_of([0, tokens.shape[1]])
     n_loops = len(rho or norms or [None])
     n_blocks = len(stack.blocks) // n_loops
     h = stack.embed.weight[tokens]
     for r in range(n_loops):
         h_in = h
         for b in range(n_blocks):
-            h = stack.blocks[str(r * n_blocks + b)](h, packing)
+            h = stack.blocks[str(r * n_blocks + b)](h, context)
         if rho is not None:
             h = h + rho[r] * h_in
         if norms is not None:
@@ -173,9 +145,9 @@ def test_looped_model_is_its_blocks_unrolled_with_tied_weights(config: ModelConf
 def test_one_loop_is_a_plain_stack_bit_for_bit(pattern: str) -> None:
     model = moved_model(make_config(pattern=pattern, n_loops=1, update="replace"))
     tokens = tokens_of(1, 65)
-    h, packing = model.embed.weight[tokens], Packing.of([0, 65], "cpu")
+    h, context = model.embed.weight[tokens], context_of([0, 65])
     for block in model.blocks.values():
-        h = h + block.mixer(block.mixer_norm(h), packing)
+        h = h + block.mixer(block.mixer_norm(h), context)
         h = h + block.ffn(block.ffn_norm(h))
     assert torch.equal(model(tokens), model.head(model.final_norm(h)))
 
@@ -183,10 +155,10 @@ def test_one_loop_is_a_plain_stack_bit_for_bit(pattern: str) -> None:
 def test_blocks_run_in_the_order_of_the_plan() -> None:
     model, seen = moved_model(make_config(n_blocks=3)), []
 
-    def record(block, step, x, packing):  # type: ignore[no-untyped-def]
-        assert block is model.blocks[str(step.block_idx)]
-        seen.append(step)
-        return run_step(block, step, x, packing)
+    def record(block, x, context):  # type: ignore[no-untyped-def]
+        assert block is model.blocks[str(context.block_idx)]
+        seen.append(Step(context.block_idx, context.loop_idx))
+        return run_step(block, x, context)
 
     model.run_step = record
     model(tokens_of(1, 5))
@@ -255,23 +227,23 @@ def test_a_zero_loop_gate_is_plain_replacement_bit_for_bit(pattern: str, norm: s
 
 
 def test_a_zero_output_gate_halves_what_attention_adds_bit_for_bit() -> None:
-    packing = Packing.of([0, 3, 68], "cpu")
+    context = context_of([0, 3, 68])
     config = make_config(pattern="full")
     open_config = make_config(pattern="full", full=config.full.model_copy(update={"output_gate": False}))
     gated, plain = (starting_model(c).blocks["0"].mixer for c in (config, open_config))
     assert gated.gate_proj.weight.abs().sum() == 0
     x = torch.randn(1, 68, 24, generator=torch.Generator().manual_seed(1))
     # sigmoid(0) = 1/2, and a factor of a power of two is exact.
-    assert torch.equal(gated(x, packing), 0.5 * plain(x, packing))
+    assert torch.equal(gated(x, context), 0.5 * plain(x, context))
 
 
 def test_the_output_gate_is_a_sigmoid_per_channel_before_the_output_projection() -> None:
-    packing, mixer = Packing.of([0, 5], "cpu"), moved_model(make_config(pattern="full")).blocks["0"].mixer
+    context, mixer = context_of([0, 5]), moved_model(make_config(pattern="full")).blocks["0"].mixer
     x = torch.randn(1, 5, 24)
     plain = copy.deepcopy(mixer)
     plain.gate_proj, plain.o_proj = None, torch.nn.Identity()
-    expected = mixer.o_proj(plain(x, packing) * torch.sigmoid(x @ mixer.gate_proj.weight.T))
-    torch.testing.assert_close(mixer(x, packing), expected)
+    expected = mixer.o_proj(plain(x, context) * torch.sigmoid(x @ mixer.gate_proj.weight.T))
+    torch.testing.assert_close(mixer(x, context), expected)
 
 
 def test_a_tied_head_is_the_embedding() -> None:

@@ -5,8 +5,9 @@ import itertools
 import pytest
 from pydantic import ValidationError
 
-from loopline.models.config import MIXERS, FullAttentionConfig, ModelConfig, parse_pattern
+from loopline.models.config import MIXERS, ModelConfig, parse_pattern
 from loopline.models.loop_plan import LoopPlan, Step
+from loopline.models.settings.full import FullAttentionConfig
 
 
 @pytest.mark.parametrize(("n_blocks", "n_loops"), [(1, 1), (1, 5), (3, 1), (2, 3), (7, 4)])
@@ -63,7 +64,7 @@ def test_pattern_repeats_to_the_number_of_blocks(pattern: str, n_blocks: int, na
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("ful", "unknown mixer 'ful'; known: full, gdn"),
+        ("ful", "unknown mixer 'ful'; known: full, window, gdn"),
         ("", "unknown mixer ''"),
         ("gdn,,full", "unknown mixer ''"),
         ("gdn*0", "count '0' must be a whole number >= 1"),
@@ -76,6 +77,35 @@ def test_bad_patterns_are_refused_with_what_was_found(pattern: str, message: str
         ModelConfig(pattern=pattern)
     assert message in str(error.value)
     assert repr(pattern) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "mixers"),
+    [
+        ("full,gdn...,full", "full gdn gdn gdn gdn full"),
+        ("gdn...,full*2", "gdn gdn gdn gdn full full"),
+        ("full*3,gdn...,window*3", "full full full window window window"),
+        (("gdn", "full", "gdn", "gdn", "window", "full"), "gdn full gdn gdn window full"),
+    ],
+)
+def test_dots_fill_and_a_list_is_taken_as_it_is(pattern: str | tuple[str, ...], mixers: str) -> None:
+    assert ModelConfig(pattern=pattern, n_blocks=6).mixer_names == mixers.split()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("full...,gdn...", "one item may end in '...'"),
+        ("full*2...", "count '2...'"),
+        ("full*4,gdn...,full*3", "names 7 blocks beside '...' and model.n_blocks is 6"),
+        (("full", "gdn"), "lists 2 mixers and model.n_blocks is 6"),
+        (("full", "gdn", "gdn", "gdn", "gdn", "gdm"), "unknown mixer 'gdm'"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused_with_both_numbers(pattern: str | tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        ModelConfig(pattern=pattern, n_blocks=6)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 import torch
-from model_cases import gradients, make_config, moved_model, tokens_of
+from model_cases import context_of, gradients, make_config, moved_model, tokens_of
 from torch import Tensor, nn
 
-from loopline.models.config import FullAttentionConfig, GatedDeltaConfig
-from loopline.models.packing import Packing
+from loopline.models.settings.full import FullAttentionConfig
+from loopline.models.settings.gdn import GatedDeltaConfig
 from tests.tolerances import TOLERANCES, rms_ratio
 
 LLAMA_NAMES = {
@@ -90,11 +90,13 @@ def fuse(ours: dict[str, Tensor], n_heads: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def torch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers calls the Triton kernels of fla and causal_conv1d where those are installed; keep to its torch."""
+    """transformers calls the Triton kernels of fla and causal_conv1d where those are installed; keep to its torch, and
+    to the recurrent form: the chunked one subtracts fp32 running sums of g, which costs the decay's gradient digits."""
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"):
-        monkeypatch.setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
+    recurrent = inspect.unwrap(modeling.torch_recurrent_gated_delta_rule)
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", recurrent)
+    monkeypatch.setattr(modeling, "causal_conv1d_fn", inspect.unwrap(modeling.causal_conv1d_fn))
 
 
 @pytest.mark.usefixtures("torch_forms")
@@ -131,7 +133,7 @@ def test_gdn_mixer_is_qwen3_nexts(n_tokens: int) -> None:
         (y * upstream).sum().backward()
         return y.detach(), x_in.grad, {name: p.grad for name, p in module.named_parameters()}
 
-    y, dx, ours = run(mixer, Packing.of([0, n_tokens], "cpu"))
+    y, dx, ours = run(mixer, context_of([0, n_tokens]))
     y_theirs, dx_theirs, expected = run(theirs)
     assert rms_ratio(y, y_theirs) <= TOLERANCES["fp32", "logits"]
     found = {"x": dx, **fuse(ours, gdn.n_heads)}

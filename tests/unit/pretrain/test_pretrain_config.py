@@ -1,15 +1,12 @@
 """The run's config: recipes, overrides, and every combination that cannot run refused with its numbers."""
 
+import operator
 from pathlib import Path
-from types import NoneType
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from loopline.models.config import Section
-from loopline.pretrain import config as config_module
-from loopline.pretrain.config import RunConfig, config_from_tree, load_config, parse_recompute, recipe_names
+from loopline.pretrain.config import config_from_tree, load_config, parse_recompute, recipe_names
 from loopline.pretrain.errors import ConfigError
 from loopline.pretrain.plan import describe
 
@@ -69,7 +66,7 @@ def test_recipes_that_start_from_each_other_are_refused(tmp_path: Path, back: st
 
 
 def test_unknown_recipe_names_the_nearest_and_all() -> None:
-    with pytest.raises(ConfigError, match=r"unknown recipe 'debgu' \(did you mean debug\?\).*debug, quickstart"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'debgu' \(did you mean debug\?\).*debug, .*quickstart"):
         load_config("debgu")
 
 
@@ -132,7 +129,7 @@ def test_unknown_key_names_the_nearest(override: str, nearest: str | None) -> No
         ("optimizer.betas=[0.9]", ["optimizer.betas"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage = 4"]),
         ("model.update=sum", ["model.update = 'sum'", "replace"]),
-        ("model.pattern=gdm", ["unknown mixer 'gdm'", "full, gdn"]),
+        ("model.pattern=gdm", ["unknown mixer 'gdm'", "full, window, gdn"]),
         ("parallel.recompute=some", ["parallel.recompute is 'some'", "'none', 'all', or 'loops:0,1'"]),
         ("model.full.n_heads=5", ["model.d_model (64)", "model.full.n_heads (5)"]),
         ("model=3", ["model = 3"]),
@@ -200,17 +197,17 @@ def test_override_below_a_value_is_refused() -> None:
         load_config("debug", ["train.steps.x=3"])
 
 
-def test_every_field_that_may_be_none_can_be_set_to_none() -> None:
-    def optional(section: type[Section], prefix: str = "") -> set[str]:
-        found: set[str] = set()
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                found |= optional(field.annotation, f"{prefix}{name}.")
-            elif NoneType in get_args(field.annotation):
-                found.add(prefix + name)
-        return found
-
-    assert optional(RunConfig) == config_module._OPTIONAL_FIELDS
+def test_none_is_taken_where_a_field_may_be_none_and_is_a_word_elsewhere() -> None:
+    optional = ["train.stop_at_step", "checkpoint.init_from", "model.dsa.selection_loops", "model.window.n_kv_heads"]
+    config = load_config("debug", [f"{path}=none" for path in optional])
+    for path in optional:
+        assert operator.attrgetter(path)(config) is None
+    for path in ("run.dir", "parallel.recompute"):
+        assert operator.attrgetter(path)(load_config("debug", [f"{path}=none"])) == "none"
+    with pytest.raises(ConfigError, match=r"train\.steps = 'none'"):
+        load_config("debug", ["train.steps=none"])
+    with pytest.raises(ConfigError, match=r"unknown key modle"):
+        load_config("debug", ["modle.full.d_head=none"])
 
 
 # Recomputation.
@@ -313,6 +310,15 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     assert len(problems) == 2
     for field, problem in zip(("n_heads", "n_kv_heads"), problems):
         assert problem.startswith(f"model.full.{field} = 3 must be divisible by parallel.tp = 2: ")
+
+
+def test_flas_delta_rule_is_refused_in_fp32_where_it_would_run() -> None:
+    fla = ("model.pattern=deltanet", "model.deltanet.backend=fla")
+    (problem,) = refusal(1, *fla, "train.dtype=fp32")
+    assert all(text in problem for text in ("model.deltanet.backend = 'fla'", "train.dtype = 'fp32'", "'bf16'"))
+    load_config("debug", [*fla, "train.dtype=bf16"]).validate_for(1)
+    load_config("debug", [fla[0], "train.dtype=fp32"]).validate_for(1)  # auto
+    load_config("debug", [fla[1], "train.dtype=fp32"]).validate_for(1)  # the model has no DeltaNet
 
 
 def test_several_problems_are_reported_at_once() -> None:

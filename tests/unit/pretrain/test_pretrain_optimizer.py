@@ -11,6 +11,7 @@ from loopline.models.config import MIXERS, ModelConfig
 from loopline.models.looped_lm import LoopedLM
 from loopline.pretrain.config import OptimizerSection
 from loopline.pretrain.optimizer import build_adamw, has_weight_decay, learning_rate, set_learning_rate
+from tests.unit.small_mixers import SMALL
 
 SCHEDULES = ("cosine", "wsd", "constant")
 PEAK = 3e-3
@@ -73,12 +74,46 @@ def test_constant_stays_at_the_peak() -> None:
 
 
 # Weight decay. Every name is written out: a new parameter must be put in one of the two on purpose.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "gate_proj", "o_proj")
+DELTA = ("q_proj", "k_proj", "v_proj", "b_proj", "o_proj")
+CONVS = ("q_conv", "k_conv", "v_conv")
 DECAYS = {
-    "full": {f"{p}.weight": True for p in ("q_proj", "k_proj", "v_proj", "gate_proj", "o_proj")},
-    "gdn": {
-        **{f"{p}.weight": True for p in ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_proj")},
-        **dict.fromkeys(("q_conv", "k_conv", "v_conv", "A_log", "dt_bias", "o_norm.weight"), False),
-    },
+    mixer: {**{f"{p}.weight": True for p in matrices}, **dict.fromkeys(others, False)}
+    for mixer, matrices, others in (
+        ("full", ATTENTION, ()),
+        ("window", ATTENTION, ()),
+        ("gdn", (*DELTA, "a_proj", "g_proj"), (*CONVS, "A_log", "dt_bias", "o_norm.weight")),
+        (
+            "kda",
+            (*DELTA, "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"),
+            (*CONVS, "A_log", "dt_bias", "o_norm.weight"),
+        ),
+        ("deltanet", DELTA, (*CONVS, "o_norm.weight")),
+        (
+            "mamba2",
+            ("z_proj", "x_proj", "b_proj", "c_proj", "dt_proj", "o_proj"),
+            (
+                *(f"{n}_conv{suffix}" for n in "xbc" for suffix in ("", "_bias")),
+                "A_log",
+                "dt_bias",
+                "D",
+                "o_norm.weight",
+            ),
+        ),
+        (
+            "gla",
+            ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gk_a_proj", "gk_b_proj"),
+            ("gk_bias", "o_norm.weight"),
+        ),
+        ("hgrn2", ("q_proj", "f_proj", "i_proj", "o_proj"), ("o_norm.weight",)),
+        ("retnet", ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), ("o_norm.weight",)),
+        ("nsa", (*ATTENTION, "g_proj"), ("k_pool", "v_pool")),
+        (
+            "dsa",
+            (*ATTENTION, "index_q_proj", "index_k_proj", "index_w_proj"),
+            ("index_k_norm.weight", "index_k_norm.bias"),
+        ),
+    )
 }
 BLOCK_DECAYS = {
     **{f"ffn.{p}_proj.weight": True for p in ("gate", "up", "down")},
@@ -88,8 +123,7 @@ TOP_DECAYS = {"embed.weight": True, "head.weight": True, "final_norm.weight": Fa
 
 
 def named_parameters(mixer: str) -> dict[str, nn.Parameter]:
-    full = {"n_heads": 4, "output_gate": True}
-    config = ModelConfig(pattern=mixer, n_blocks=1, norm="sandwich", update="gate", vocab_size=64, full=full)
+    config = ModelConfig(pattern=mixer, n_blocks=1, norm="sandwich", update="gate", vocab_size=64, **SMALL)
     return dict(LoopedLM(config).named_parameters())
 
 

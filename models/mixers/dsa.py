@@ -1,0 +1,148 @@
+"""DeepSeek sparse attention over grouped queries: an indexer picks the keys each query attends to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopline.kernels.dsa.op import (
+    BACKENDS,
+    IndexerLoss,
+    attention_recall,
+    indexer_loss,
+    select,
+    selection_overlap,
+    sparse_attention,
+)
+from loopline.kernels.precision import wide
+from loopline.models.config import ModelConfig
+from loopline.models.context import BlockContext
+from loopline.models.layers import LayerNorm, Linear
+from loopline.models.mixers.full import FullAttention
+from loopline.models.rope import rotate
+
+Index = tuple[Tensor, Tensor, Tensor]  # queries [1, T, HI, DI], keys [1, T, DI], head weights [1, T, HI]
+
+
+class SparseAttention(FullAttention):
+    """softmax(q k^T / sqrt(D)) v over the `top_k` keys s <= t with the highest index score
+
+        I_ts = sum_j w_tj relu(q^I_tj . k^I_s),
+
+    chosen once for all heads. The indexer reads the mixer's input detached and learns from the KL divergence to the
+    attention it served, summed over heads; the language-model loss trains the rest and nothing goes through the
+    choice. While `index_loss` is "dense" attention sees every key: warm-up.
+
+    A choice may serve later loops too (`selection_loops`). Its target is then the mean attention of the loops served:
+    the divergence is linear in its target as far as gradients go, so each loop adds its share of the gradient in its
+    own forward pass, and the choosing loop hands the sum to the indexer in backward, which comes after all of them.
+
+    Under tensor parallelism the indexer is whole on every rank and the target is summed over ranks.
+    Reference: DeepSeek-V3.2, arXiv:2512.02556, section 2.1; sharing over layers: IndexCache, arXiv:2603.12201.
+    """
+
+    name = "dsa"
+    op = "dsa"
+    backends = BACKENDS
+    figures = ("indexer_loss", "selection_overlap")
+    measured = ("indexer_recall",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.settings = config.dsa
+        n_heads, d_head = config.dsa.index_n_heads, config.dsa.index_d_head
+        self.index_q_proj = Linear(config.d_model, n_heads * d_head)
+        self.index_k_proj = Linear(config.d_model, d_head)
+        self.index_w_proj = Linear(config.d_model, n_heads)
+        self.index_k_norm = LayerNorm(d_head, config.norm_eps)
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+        """[1, T, H, D]."""
+        loop_idx, cu_seqlens = context.loop_idx, context.packing.cu_seqlens
+        chosen_in = self.settings.selecting_loop(loop_idx)
+        is_choosing = chosen_in == loop_idx
+        if is_choosing:
+            index = self.index(x.detach(), context)
+            served = self.choose(index, context)
+        else:
+            served = context.memory[chosen_in]
+        visible = None if self.settings.index_loss == "dense" else served.selection
+        o = sparse_attention(q, k, v, visible, cu_seqlens=cu_seqlens)
+        self.learn(q.detach(), k.detach(), visible, served, context)
+        if context.row.is_measured:
+            recall = attention_recall(q, k, served.selection, cu_seqlens=cu_seqlens, sum_heads=self.sum_over_ranks)
+            context.record("indexer_recall", *recall)
+        return _Deliver.apply(o, *index, served.gradients) if is_choosing else o  # type: ignore[no-untyped-call]
+
+    def index(self, x: Tensor, context: BlockContext) -> Index:
+        """What scores are made of. A power of the sizes in the head weights keeps scores of order one."""
+        n_rope, theta = self.settings.index_d_rope, self.rope_theta
+        q = self.index_q_proj(x).unflatten(-1, (-1, self.settings.index_d_head))  # [1, T, HI, DI]
+        k = self.index_k_norm(self.index_k_proj(x))[:, :, None]  # [1, T, 1, DI]
+        if n_rope:
+            tables = context.packing.rotary(n_rope, theta)
+            q, k = (torch.cat([rotate(y[..., :n_rope], tables), y[..., n_rope:]], dim=-1) for y in (q, k))
+        scale = (self.settings.index_n_heads * self.settings.index_d_head) ** -0.5
+        return q, k[:, :, 0], wide(self.index_w_proj(x)) * scale
+
+    def choose(self, index: Index, context: BlockContext) -> "_Served":
+        """This loop's choice, left for the loops it serves. In a recomputed pass it is there already."""
+        if context.loop_idx in context.memory:
+            return context.memory[context.loop_idx]
+        cu_seqlens = context.packing.cu_seqlens
+        q, k, w = (y.detach() for y in index)
+        selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens)
+        served = _Served((q, k, w), selection)
+        earlier = [served for served in context.memory.values() if served.selection is not None]
+        if earlier:
+            total, count = selection_overlap(earlier[-1].selection, selection)
+            context.record("selection_overlap", total, count)
+        context.memory[context.loop_idx] = served
+        return served
+
+    def learn(self, q: Tensor, k: Tensor, visible: Tensor | None, served: "_Served", context: BlockContext) -> None:
+        """This loop's share of the indexer's gradient, computed without a graph."""
+        scale = context.row.auxiliary_scale
+        if scale is None or not torch.is_grad_enabled() or context.loop_idx in served.gradients:
+            return
+        q_index, k_index, weights = served.index
+        loss = indexer_loss(
+            q,
+            k,
+            visible,
+            q_index=q_index,
+            k_index=k_index,
+            weights=weights,
+            cu_seqlens=context.packing.cu_seqlens,
+            sum_heads=self.sum_over_ranks,
+        )
+        chosen_in = self.settings.selecting_loop(context.loop_idx)
+        share = scale * self.settings.index_loss_weight / self.settings.loops_served(chosen_in, context.row.n_loops)
+        served.gradients[context.loop_idx] = IndexerLoss(loss.loss_sum, *(share * g for g in loss[1:]))
+        context.record("indexer_loss", loss.loss_sum, q.shape[1])
+
+
+class _Served:
+    """A choice and what the loops it serves have found: kept in the block's memory under the loop that chose."""
+
+    def __init__(self, index: Index, selection: Tensor) -> None:
+        self.index = index
+        self.selection = selection
+        self.gradients: dict[int, IndexerLoss] = {}
+
+
+class _Deliver(torch.autograd.Function):
+    """Identity on the output; in backward, the indexer's gradient: the sum of what the loops served have left."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, q: Tensor, k: Tensor, w: Tensor, gradients: dict[int, IndexerLoss]) -> Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = q.dtype, k.dtype, w.dtype
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.gradients:
+            return grad_o, None, None, None, None
+        totals = [torch.stack(parts).sum(0) for parts in list(zip(*ctx.gradients.values()))[1:]]
+        return grad_o, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes)), None

@@ -1,0 +1,78 @@
+"""Settings of DeepSeek sparse attention."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from loopline.models.settings.full import FullAttentionConfig
+from loopline.models.settings.section import mean_keys
+
+
+class SparseAttentionConfig(FullAttentionConfig):
+    """DeepSeek sparse attention over grouped queries: an indexer picks the keys each query attends to."""
+
+    name: ClassVar[str] = "dsa"
+
+    top_k: int = Field(512, ge=1, description="keys a query attends to")
+    index_n_heads: int = Field(4, ge=1, description="heads of the indexer")
+    index_d_head: int = Field(64, ge=2, description="head size of the indexer")
+    index_d_rope: int = Field(32, ge=0, description="channels of an indexer head that turn with position")
+    index_loss: Literal["sparse", "dense"] = Field(
+        "sparse",
+        description="the indexer learns from attention over the selected keys, or over all keys while attention is "
+        "dense (warm-up)",
+    )
+    index_loss_weight: float = Field(1.0, gt=0, description="factor on the indexer's loss")
+    selection_loops: tuple[int, ...] | None = Field(
+        None, strict=False, description="loops that choose keys; the others reuse the last choice; none: every loop"
+    )
+    backend: Literal["auto", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
+
+    def selecting_loop(self, loop_idx: int) -> int:
+        """The loop whose choice `loop_idx` uses: itself, or the last one before it that chooses."""
+        if self.selection_loops is None:
+            return loop_idx
+        return max(r for r in self.selection_loops if r <= loop_idx)
+
+    def loops_served(self, loop_idx: int, n_loops: int) -> int:
+        """Loops that use the choice of `loop_idx`, of `n_loops`."""
+        return sum(self.selecting_loop(r) == loop_idx for r in range(n_loops))
+
+    def problems(self, d_model: int) -> list[str]:
+        """Sizes that do not divide, and loops out of order."""
+        found = super().problems(d_model)
+        if self.index_d_rope > self.index_d_head or self.index_d_rope % 2:
+            found.append(
+                f"{self.field('index_d_rope')} ({self.index_d_rope}) must be even and at most "
+                f"{self.field('index_d_head')} ({self.index_d_head}): rotary positions turn pairs of channels; lower it"
+            )
+        loops = self.selection_loops
+        if loops is not None and (not loops or loops[0] != 0 or list(loops) != sorted(set(loops))):
+            found.append(
+                f"{self.field('selection_loops')} ({list(loops)}) must rise from 0: the first loop has no earlier "
+                "choice to reuse; start with 0"
+            )
+        return found
+
+    def parameters(self, d_model: int) -> int:
+        """Full attention's; index queries, keys and head weights; the index key's norm, with bias."""
+        return super().parameters(d_model) + self._index_matrices(d_model) + 2 * self.index_d_head
+
+    def flops(self, d_model: int, n_tokens: int) -> float:
+        """Full attention's over the selected keys, and the indexer's scores over all keys (in every loop: the mean over
+        loops that reuse a choice is lower)."""
+        scores = 2 * self.index_n_heads * (self.index_d_head + 1) * mean_keys(n_tokens, n_tokens)
+        attention = 4 * self.n_heads * self.head_size(d_model) * self._keys(n_tokens)
+        matrices = super().parameters(d_model) + self._index_matrices(d_model)
+        return 2 * matrices + attention + scores
+
+    def cache_numbers(self, d_model: int) -> tuple[int, int]:
+        """A key, a value and an index key a token."""
+        fixed, per_token = super().cache_numbers(d_model)
+        return fixed, per_token + self.index_d_head
+
+    def _index_matrices(self, d_model: int) -> int:
+        return d_model * (self.index_n_heads * self.index_d_head + self.index_d_head + self.index_n_heads)
+
+    def _keys(self, n_tokens: int) -> float:
+        return mean_keys(n_tokens, n_tokens if self.index_loss == "dense" else self.top_k)

@@ -1,0 +1,59 @@
+"""Documents packed into a row are as each document alone, for every mixer: logits at every depth, every gradient."""
+
+import itertools
+
+import pytest
+import torch
+from model_cases import EVERY_MIXER, moved_model, tokens_of
+from torch import Tensor
+
+from loopline.models.config import ModelConfig
+from loopline.models.context import RowContext
+from loopline.models.looped_lm import LoopedLM
+from loopline.models.packing import Packing
+from tests.tolerances import TOLERANCES, rms_ratio
+
+LENGTHS = [1, 63, 257, 1, 64, 65, 2]
+CU_SEQLENS = [sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)]
+# These choose keys by score: another rounding may turn a choice, and then no tolerance holds. In fp64 none turns.
+CHOOSING = {"nsa", "dsa"}
+every_mixer = pytest.mark.parametrize("config", EVERY_MIXER.values(), ids=EVERY_MIXER)
+
+
+@torch.no_grad()
+@every_mixer
+def test_packed_documents_give_the_logits_of_each_document_alone_at_every_loop(config: ModelConfig) -> None:
+    dtype = torch.float64 if CHOOSING & set(config.mixer_names) else torch.float32
+    model, tokens, depths = moved_model(config, dtype).to(dtype), tokens_of(1, CU_SEQLENS[-1]), [1, 2, 3]
+    packed = model.forward_depths(tokens, CU_SEQLENS, depths=depths)
+    for start, end in itertools.pairwise(CU_SEQLENS):
+        alone = model.forward_depths(tokens[:, start:end], depths=depths)
+        for depth in range(3):  # rms_ratio is infinite where anything is not finite
+            ratio = rms_ratio(packed[depth][:, start:end], alone[depth])
+            assert ratio <= TOLERANCES["fp32", "logits"], (start, end, depth)
+
+
+def add_gradients(model: LoopedLM, tokens: Tensor, cu_seqlens: list[int], upstream: Tensor) -> None:
+    """Add to every parameter's gradient that of the logits of all loops under `upstream` [R, 1, T, vocab_size], and
+    that of what a mixer trains by a loss of its own."""
+    row = RowContext(Packing.of(cu_seqlens, "cpu"), model.config.n_loops, auxiliary_scale=1.0)
+    h, depths = model.embed_tokens(tokens), []
+    for loop_idx in range(row.n_loops):
+        h = model.finish_loop(model.run_blocks(h, loop_idx, row), h, loop_idx)
+        depths.append(model.read_out(h))
+    (torch.stack(depths) * upstream).sum().backward()
+
+
+@every_mixer
+def test_packed_documents_give_every_gradient_of_the_documents_alone(config: ModelConfig) -> None:
+    # fp64: loops magnify rounding, of DeltaNet's gradients beyond the tolerance; here what differs is not rounding.
+    packed, alone = (moved_model(config, torch.float64).double() for _ in range(2))
+    tokens, generator = tokens_of(1, CU_SEQLENS[-1]), torch.Generator().manual_seed(7)
+    shape = (config.n_loops, *tokens.shape, config.vocab_size)
+    upstream = torch.randn(shape, generator=generator, dtype=torch.float64)
+    add_gradients(packed, tokens, CU_SEQLENS, upstream)
+    for start, end in itertools.pairwise(CU_SEQLENS):
+        add_gradients(alone, tokens[:, start:end], [0, end - start], upstream[:, :, start:end])
+    expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
+    worst = {name: rms_ratio(p.grad, expected[name]) for name, p in packed.named_parameters()}
+    assert all(ratio <= TOLERANCES["fp32", "gradients"] for ratio in worst.values()), worst
