@@ -60,6 +60,10 @@ class ModelConfig(Section):
         description="between loops: h <- M(h); h <- final_norm(M(h)) (Ouro); h <- M(h) + rho_r * h (LT2)",
     )
     tie_embeddings: bool = Field(False, description="the head uses the embedding's weights")
+    exit_gate: bool = Field(
+        False,
+        description="a linear from the state after each loop to the logit of stopping there (Ouro); kept as it is",
+    )
     full: FullAttentionConfig = FullAttentionConfig()
     window: WindowAttentionConfig = WindowAttentionConfig()
     gdn: GatedDeltaConfig = GatedDeltaConfig()

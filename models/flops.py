@@ -17,7 +17,8 @@ def model_parameters(config: ModelConfig) -> int:
     """Stored parameters of the model; tied embeddings count once."""
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     gate = config.n_loops * config.d_model if config.update == "gate" else 0
-    return embeddings + config.d_model + gate + sum(block_parameters(config, m) for m in config.mixer_names)
+    exit_gate = config.d_model + 1 if config.exit_gate else 0
+    return embeddings + config.d_model + gate + exit_gate + sum(block_parameters(config, m) for m in config.mixer_names)
 
 
 def forward_flops(config: ModelConfig, seq_len: int, n_loops: int | None = None) -> float:

@@ -4,12 +4,14 @@ The forward pass is a loop over a LoopPlan. Pipeline stages call the same four m
 read_out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from loopline.kernels.precision import wide
 from loopline.models.block import Block
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext, RowContext
@@ -40,6 +42,36 @@ class LoopGate(nn.Module):
         return h + self.vectors()[min(loop_idx, len(self.rho) - 1)].to(h.dtype) * h_in
 
 
+class ExitGate(nn.Module):
+    """The chance of stopping after a loop: sigmoid(w . h + b), from the state the head sees. Ouro, arXiv:2510.25741,
+    s2.2. Training with the last loop's loss leaves it as it is."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, d_model))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[1, T, C] -> logits [1, T], fp32."""
+        return F.linear(wide(h), self.weight, self.bias)[..., 0]
+
+
+def exit_distribution(logits: list[Tensor]) -> Tensor:
+    """Chance of stopping after each loop and not before: lambda_r prod_{j<r} (1 - lambda_j), the last taking the rest.
+
+    Args:
+        logits: of lambda after loop 1..R, equal shapes.
+    Returns:
+        [R, ...], summing to one over R.
+    """
+    stay = torch.ones_like(logits[0])
+    chances = []
+    for logit in logits[:-1]:
+        chances.append(stay * logit.sigmoid())
+        stay = stay * (-logit).sigmoid()
+    return torch.stack([*chances, stay])
+
+
 class LoopedLM(nn.Module):
     """Embedding, `n_blocks` blocks applied `n_loops` times, final norm, head.
 
@@ -57,6 +89,7 @@ class LoopedLM(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(config, name) for i, name in enumerate(config.mixer_names)})
         self.loop_gate = LoopGate(config.n_loops, config.d_model) if config.update == "gate" else None
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.exit_gate = ExitGate(config.d_model) if config.exit_gate else None
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -90,20 +123,28 @@ class LoopedLM(nn.Module):
         Raises:
             ValueError: a depth that does not run.
         """
-        packing, tokens_row = self.pack(tokens, cu_seqlens)
         n_loops = self.config.n_loops if n_loops is None else n_loops
-        row = RowContext(packing, n_loops)
         depths = [n_loops] if depths is None else depths
         if not depths or sorted(set(depths)) != depths or depths[0] < 1 or depths[-1] > n_loops:
             raise ValueError(f"depths {depths} must rise, from 1 to at most n_loops = {n_loops}")
-        h, logits = self.embed_tokens(tokens_row), []
+        states = enumerate(self.states(tokens, cu_seqlens, n_loops), start=1)
+        return [self.read_out(h).view(*tokens.shape, -1) for depth, h in states if depth in depths]
+
+    def exit_probabilities(self, tokens: Tensor, n_loops: int | None = None) -> Tensor:
+        """Chance of stopping after each loop, of a model with an exit gate: [B, T] -> [R, B, T], fp32."""
+        assert self.exit_gate is not None
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        logits = [self.exit_gate(self.normed(h)).view(tokens.shape) for h in self.states(tokens, None, n_loops)]
+        return exit_distribution(logits)
+
+    def states(self, tokens: Tensor, cu_seqlens: list[int] | None, n_loops: int) -> Iterator[Tensor]:
+        """The stream after each loop, [1, B*T, C]."""
+        packing, tokens_row = self.pack(tokens, cu_seqlens)
+        row = RowContext(packing, n_loops)
+        h = self.embed_tokens(tokens_row)
         for loop_idx in range(n_loops):
-            h_in = h
-            h = self.run_blocks(h, loop_idx, row)
-            h = self.finish_loop(h, h_in, loop_idx)
-            if loop_idx + 1 in depths:
-                logits.append(self.read_out(h).view(*tokens.shape, -1))
-        return logits
+            h = self.finish_loop(self.run_blocks(h, loop_idx, row), h, loop_idx)
+            yield h
 
     def pack(self, tokens: Tensor, cu_seqlens: list[int] | None) -> tuple[Packing, Tensor]:
         """Lay a batch end to end: the layout, and tokens as [1, B*T]."""

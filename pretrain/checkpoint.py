@@ -296,6 +296,7 @@ def check_belongs(state: RunState, config: RunConfig, data: str, where: Path) ->
         "run.seed",
         "train.seq_len",
         "train.global_batch_sequences",
+        "train.trainable",
         "data.lanes",
         "data.shuffle_records",
     ):

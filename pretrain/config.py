@@ -6,6 +6,7 @@ A recipe is a short TOML file that may start from another (`base = "debug"`). `l
 
 import difflib
 import tomllib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -152,7 +153,7 @@ class RunConfig(Section):
             ConfigError: one line a problem: field, value, rule, fix.
         """
         problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self)
-        problems += _schedule_problems(self) + _kernel_problems(self)
+        problems += _loop_problems(self) + _schedule_problems(self) + _kernel_problems(self)
         if problems:
             raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(problems))
 
@@ -183,13 +184,22 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
         )
     if t.trainable == "indexer":
         problems += _warm_up_problems(config)
-    loops = parse_recompute(p.recompute) or frozenset()
-    if any(r >= config.model.n_loops for r in loops):
-        problems.append(
-            f"parallel.recompute = {p.recompute!r} names a loop that does not run: model.n_loops = "
-            f"{config.model.n_loops}, so choose from loops 0..{config.model.n_loops - 1}"
-        )
     return problems
+
+
+def _loop_problems(config: RunConfig) -> list[str]:
+    n_loops = config.model.n_loops
+    named: dict[str, Iterable[int] | None] = {
+        f"parallel.recompute = {config.parallel.recompute!r}": parse_recompute(config.parallel.recompute)
+    }
+    if "dsa" in config.model.sections:
+        dsa = config.model.dsa
+        named[f"{dsa.field('selection_loops')} = {list(dsa.selection_loops or ())}"] = dsa.selection_loops
+    return [
+        f"{setting} names a loop that does not run: model.n_loops = {n_loops}, so choose from loops 0..{n_loops - 1}"
+        for setting, loops in named.items()
+        if loops and max(loops) >= n_loops
+    ]
 
 
 def _warm_up_problems(config: RunConfig) -> list[str]:
@@ -203,11 +213,6 @@ def _warm_up_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.trainable = 'indexer' with parallel.pp = {p.pp}: a stage whose blocks are all frozen has no "
             "gradient to send back; use pp = 1"
-        )
-    if p.zero_stage == 3:
-        problems.append(
-            "train.trainable = 'indexer' with parallel.zero_stage = 3: frozen weights would be cut and never gathered "
-            "for checkpoints; use zero_stage 0, 1 or 2"
         )
     return problems
 
@@ -250,14 +255,30 @@ def _schedule_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+# Head sizes of the mixers that run fla 0.6.0's scalar-decay kernel.
+_EVEN_FOR_FLA = {"mamba2": ("d_state", "d_head"), "retnet": ("d_head_k", "d_head_v")}
+
+
 def _kernel_problems(config: RunConfig) -> list[str]:
-    section = config.model.sections.get("deltanet")
-    if section is not None and section.backend == "fla" and config.train.dtype == "fp32":
-        return [
-            f"{section.field('backend')} = 'fla' with train.dtype = 'fp32': fla's delta rule computes in bf16 and fp16 "
-            "only; set train.dtype = 'bf16', or the backend to 'reference' or 'auto'"
+    sections, problems = config.model.sections, []
+    deltanet = sections.get("deltanet")
+    if deltanet is not None and deltanet.backend == "fla" and config.train.dtype == "fp32":
+        problems.append(
+            f"{deltanet.field('backend')} = 'fla' with train.dtype = 'fp32': fla's delta rule computes in bf16 and "
+            "fp16 only; set train.dtype = 'bf16', or the backend to 'reference' or 'auto'"
+        )
+    for name, fields in _EVEN_FOR_FLA.items():
+        section = sections.get(name)
+        if section is None or section.backend == "reference" or config.train.dtype == "fp32":
+            continue
+        problems += [
+            f"{section.field(field)} = {getattr(section, field)} must be even with train.dtype = "
+            f"{config.train.dtype!r} and {section.field('backend')} = {section.backend!r}: fla, which auto takes on a "
+            "GPU, has no 16-bit gradient of odd heads; change it, or set the backend to 'reference'"
+            for field in fields
+            if getattr(section, field) % 2
         ]
-    return []
+    return problems
 
 
 def _tensor_parallel_problems(config: RunConfig) -> list[str]:

@@ -17,8 +17,10 @@ def has_weight_decay(name: str) -> bool:
 
 
 def is_trained(name: str, trainable: str) -> bool:
-    """Whether a parameter is trained at all, by `train.trainable`."""
-    return trainable == "all" or ".mixer.index_" in name
+    """Whether a parameter is trained at all, by `train.trainable`. No objective here reaches an exit gate."""
+    if trainable == "indexer":
+        return ".mixer.index_" in name
+    return not name.startswith("exit_gate.")
 
 
 def build_adamw(parameters: dict[str, nn.Parameter], config: OptimizerSection) -> torch.optim.AdamW:

@@ -26,11 +26,12 @@ TOLERANCES: dict[tuple[str, str], float] = {
     # Every gradient of a whole model against the same maths written otherwise (unrolled loops, transformers), RMS.
     # Measured below 1e-5.
     ("fp32", "gradients"): 2e-5,
-    # Error of bf16 logits over that of fp32 logits from weights rounded to bf16. Looped Gated DeltaNet at random
-    # weights magnifies any rounding up to fivefold a loop, so no absolute figure fits every depth; the ratio does.
-    # Measured 0.9 to 1.7 over six seeds.
+    # Error of bf16 logits, or of all gradients together, over that of an fp32 model with weights rounded to bf16. A
+    # looped Gated DeltaNet at random weights magnifies any rounding up to fivefold a loop, so no absolute figure fits
+    # every depth; the ratio does. Measured 0.9 to 1.9 over six seeds of every mixer.
     ("bf16", "weight_rounding"): 3.0,
-    # All gradients of a one-loop model together, each scaled by its RMS. Measured 0.03 to 0.07.
+    # All gradients of a one-loop model together, each scaled by its RMS. Measured 0.015 (HGRN2) to 0.08 (DeltaNet with
+    # negative eigenvalues) over six seeds of every mixer.
     ("bf16", "gradients"): 1e-1,
     # Outputs and gradients of fla's bf16 kernels under Triton's interpreter, against the fp64 reference of the same
     # rounded inputs, RMS: they round to bf16 between their steps. Measured 6.8e-3 at most over eight seeds (delta rule,

@@ -23,7 +23,7 @@ def gated_delta(
     """Gated delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t.
 
     Args:
-        q, k: [1, T, H, K], bf16 or fp32, L2-normalised over K by the caller.
+        q, k: [1, T, H, K], bf16 or fp32, L2-normalised over K by the caller; K <= 256 with fla.
         v: [1, T, H, V], same dtype as q.
         g: [1, T, H], fp32, log decay, <= 0.
         beta: [1, T, H], in (0, 1), or (0, 2) with negative eigenvalues.

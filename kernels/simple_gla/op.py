@@ -22,7 +22,8 @@ def simple_gla(
     """Linear attention with one decay per head: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
 
     Args:
-        q, k: [1, T, G, K], bf16 or fp32; group i serves heads i * H/G to (i + 1) * H/G - 1.
+        q, k: [1, T, G, K], bf16 or fp32; group i serves heads i * H/G to (i + 1) * H/G - 1. fla has no bf16
+            gradient for odd K or V.
         v: [1, T, H, V], same dtype as q.
         g: [1, T, H], fp32, log decay, finite, <= 0; or [H], the same at every token.
         scale: factor on q.

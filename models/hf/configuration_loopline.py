@@ -34,6 +34,7 @@ class LooplineConfig(PreTrainedConfig):
         norm_placement: "pre" (before each branch) or "sandwich" (before and after).
         loop_update: what the next loop starts from: "replace" h <- M(h), "norm" h <- norm(M(h)), "gate"
             h <- M(h) + rho_r * h.
+        exit_gate: whether the model gives the chance of stopping after each loop.
         max_position_embeddings: longest sequence seen in training; nothing in the model enforces it.
     """
 
@@ -52,6 +53,7 @@ class LooplineConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     loop_update: str = "gate"
     tie_word_embeddings: bool = False
+    exit_gate: bool = False
     initializer_range: float = 0.02
     max_position_embeddings: int | None = None
     use_cache: bool = True

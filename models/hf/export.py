@@ -135,7 +135,8 @@ def check_export(
     depths = list(range(1, n_loops + 2))
     with torch.no_grad():
         want = reference.forward_depths(tokens, n_loops=n_loops + 1, depths=depths)
-        got = loaded(tokens, n_loops=n_loops + 1, output_depth_logits=True, use_cache=False).depth_logits
+        out = loaded(tokens, n_loops=n_loops + 1, output_depth_logits=True, use_cache=False)
+        got = out.depth_logits
         cached = _decode_rows(loaded, tokens)
     report = ParityReport(
         max_diff=tuple((a - b).abs().max().item() for a, b in zip(got, want, strict=True)),
@@ -145,13 +146,17 @@ def check_export(
         dtype=dtype,
     )
     found = [(f"after {depth} loops", diff, tolerance) for depth, diff in zip(depths, report.max_diff)]
+    if reference.exit_gate is not None:
+        with torch.no_grad():
+            exits = reference.exit_probabilities(tokens, n_loops + 1)
+        found.append(("in exit probabilities", (out.exit_probabilities - exits).abs().max().item(), tolerance))
     found.append(("decoding from the cache", report.max_diff_cached, CACHED_FACTOR * tolerance))
     wrong = [f"{where}: {diff:.1e} > {limit:.0e}" for where, diff, limit in found if not diff <= limit]  # NaN fails too
     if wrong:
         raise ExportError(
-            f"the export does not compute what the training model does: logits (up to {report.max_logit:.1f}) differ "
-            f"{'; '.join(wrong)}. Differences that grow slowly with depth are rounding: raise the tolerance; others "
-            "are a bug in models/hf or a damaged file"
+            f"the export does not compute what the training model does: logits (up to {report.max_logit:.1f}) or exits "
+            f"differ {'; '.join(wrong)}. Differences that grow slowly with depth are rounding: raise the tolerance; "
+            "others are a bug in models/hf or a damaged file"
         )
     return report
 
@@ -192,15 +197,22 @@ def _refuse_shards(model: LoopedLM) -> None:
 
 def _reference(model: LoopedLM, dtype: str) -> LoopedLM:
     """The training model on the CPU in fp32 arithmetic, with the weights an export in `dtype` stores."""
-    sections = {
-        name: section.model_copy(update={"backend": "auto"}) for name, section in model.config.sections.items()
-    }  # the CPU may lack the backend asked for
-    reference = LoopedLM(model.config.model_copy(update=sections)).eval()
+    reference = LoopedLM(_for_any_device(model.config)).eval()
     weights = stored_weights(model, dtype)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.copy_(weights[name])
     return reference
+
+
+def _for_any_device(config: ModelConfig) -> ModelConfig:
+    """The config without a kernel that needs a GPU: the check runs on the CPU, and so may a reader."""
+    sections = {
+        name: section.model_copy(update={"backend": "auto"})
+        for name, section in config.sections.items()
+        if section.backend == "fla"
+    }
+    return config.model_copy(update=sections)
 
 
 def _reload(folder: Path) -> PreTrainedModel:
@@ -274,7 +286,7 @@ def _write_code_and_config(
         "model_type": MODEL_TYPE,
         "dtype": dtype,
         "transformers_version": transformers.__version__,
-        **to_hf_config(config),
+        **to_hf_config(_for_any_device(config)),
         "max_position_embeddings": max_tokens,
         **token_ids,
     }

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from loopline.kernels.precision import wide
 from loopline.models.hf.configuration_loopline import LAYER_TYPES, LooplineConfig
 from loopline.models.hf.modules.call import Call, LooplineRMSNorm
 from loopline.models.hf.modules.full import LooplineAttention
@@ -95,9 +96,11 @@ class LooplineModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class LooplineCausalLMOutput(CausalLMOutputWithPast):
-    """`depth_logits`: logits after each loop, a tuple of [B, T, vocab_size], where asked for."""
+    """Where asked for: `depth_logits`, logits after each loop, a tuple of [B, T, vocab_size]; and `exit_probabilities`,
+    [R, B, T], the chance of stopping after each loop and not before, of a model with an exit gate."""
 
     depth_logits: tuple[Tensor, ...] | None = None
+    exit_probabilities: Tensor | None = None
 
 
 class LooplinePreTrainedModel(PreTrainedModel):
@@ -136,6 +139,7 @@ class LooplineModel(LooplinePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([LooplineBlock(config, name) for name in config.names])
         self.loop_gate = LooplineLoopGate(config) if config.loop_update == "gate" else None
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1) if config.exit_gate else None
         self.norm = LooplineRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -352,8 +356,13 @@ class LooplineForCausalLM(LooplinePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        depth_logits = None
+        depth_logits = exit_probabilities = None
         if output_depth_logits:
+            if self.model.early_exit_gate is not None:
+                gate = self.model.early_exit_gate
+                weight, bias = wide(gate.weight), wide(gate.bias)
+                logits_of_stop = [F.linear(wide(state[:, kept]), weight, bias) for state in outputs.loop_states]
+                exit_probabilities = exit_distribution([x[..., 0] for x in logits_of_stop])
             depth_logits = (*(self.lm_head(state[:, kept]) for state in outputs.loop_states[:-1]), logits)
         return LooplineCausalLMOutput(
             loss=loss,
@@ -362,7 +371,18 @@ class LooplineForCausalLM(LooplinePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             depth_logits=depth_logits,
+            exit_probabilities=exit_probabilities,
         )
+
+
+def exit_distribution(logits: list[Tensor]) -> Tensor:
+    """lambda_r prod_{j<r} (1 - lambda_j), lambda = sigmoid(logits), the last loop taking the rest: [R, ...]."""
+    stay = torch.ones_like(wide(logits[0]))
+    chances = []
+    for logit in logits[:-1]:
+        chances.append(stay * wide(logit).sigmoid())
+        stay = stay * (-wide(logit)).sigmoid()
+    return torch.stack([*chances, stay])
 
 
 def padding_of(masks: dict[str, Any], n_keys: int) -> Tensor | None:

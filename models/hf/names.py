@@ -20,6 +20,7 @@ MODEL_TYPE = "loopline"
 TOP_NAMES = (
     ("embed.", "model.embed_tokens."),
     ("loop_gate.", "model.loop_gate."),
+    ("exit_gate.", "model.early_exit_gate."),
     ("final_norm.", "model.norm."),
     ("head.", "lm_head."),
 )
@@ -48,6 +49,7 @@ CONFIG_KEYS = (
     ("rms_norm_eps", "norm_eps"),
     ("loop_update", "update"),
     ("tie_word_embeddings", "tie_embeddings"),
+    ("exit_gate", "exit_gate"),
 )
 # Beside these: "mixer_names", the pattern spelled out, and "mixers", the settings of each mixer named.
 

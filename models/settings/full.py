@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from loopline.models.settings.section import MixerSection, mean_keys
+from loopline.models.settings.section import FLA_MAX_HEAD, MixerSection, mean_keys
 
 
 class FullAttentionConfig(MixerSection):
@@ -29,14 +29,14 @@ class FullAttentionConfig(MixerSection):
         return self.n_kv_heads or self.n_heads
 
     def problems(self, d_model: int) -> list[str]:
-        """Sizes that do not divide."""
+        """Sizes that do not divide, and heads that the backend asked for has no kernel for."""
+        found = []
         if self.d_head is None and d_model % self.n_heads:
-            return [
+            found.append(
                 f"model.d_model ({d_model}) must be a multiple of {self.field('n_heads')} ({self.n_heads}), "
                 f"or set {self.field('d_head')}"
-            ]
-        found = []
-        if self.head_size(d_model) % 2:
+            )
+        elif self.head_size(d_model) % 2:
             found.append(
                 f"{self.field('d_head')} ({self.head_size(d_model)}) must be even: rotary positions turn pairs; "
                 "change it or n_heads"
@@ -45,6 +45,11 @@ class FullAttentionConfig(MixerSection):
             found.append(
                 f"{self.field('n_heads')} ({self.n_heads}) must be a multiple of {self.field('n_kv_heads')} "
                 f"({self.kv_heads}): change one of them"
+            )
+        if self.head_size(d_model) > FLA_MAX_HEAD and self.backend == "fla":
+            found.append(
+                f"{self.field('d_head')} ({self.head_size(d_model)}) must be at most {FLA_MAX_HEAD} with "
+                f"{self.field('backend')} = 'fla', which has no kernel for more: lower it, or set the backend to 'sdpa'"
             )
         return found
 

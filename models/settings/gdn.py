@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from loopline.models.settings.section import MixerSection
+from loopline.models.settings.section import FLA_MAX_HEAD, MixerSection
 
 
 class GatedDeltaConfig(MixerSection):
@@ -28,6 +28,16 @@ class GatedDeltaConfig(MixerSection):
     def d_values(self) -> int:
         """Width of v over all heads."""
         return self.n_heads * self.d_head_v
+
+    def problems(self, d_model: int) -> list[str]:
+        """Heads that fla has no kernel for, and "auto" would take fla on a GPU."""
+        if self.d_head_k > FLA_MAX_HEAD and self.backend != "reference":
+            return [
+                f"{self.field('d_head_k')} ({self.d_head_k}) must be at most {FLA_MAX_HEAD} with "
+                f"{self.field('backend')} = {self.backend!r}: fla, which auto takes on a GPU, has no kernel for more; "
+                "lower it, or set the backend to 'reference'"
+            ]
+        return []
 
     def head_counts(self) -> dict[str, int]:
         """Heads."""

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+FLA_MAX_HEAD = 256  # key channels of a head in fla 0.6.0's delta-rule and attention kernels
+
 
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, values cannot change."""

@@ -19,7 +19,7 @@ from loopline.pretrain.parallel.topology import Topology
 
 def keep_stage(model: LoopedLM, topology: Topology) -> None:
     """Drop from `model`, in place, what other stages hold. The embedding stays with the first stage; the head, final
-    norm and loop gate with the last. Names of what stays do not change. Tied embeddings live on both ends."""
+    norm and both gates with the last. Names of what stays do not change. Tied embeddings live on both ends."""
     mine = model.config.plan.stage_blocks(topology.pp)[topology.pp_rank]
     for name in list(model.blocks):
         if int(name) not in mine:
@@ -27,7 +27,7 @@ def keep_stage(model: LoopedLM, topology: Topology) -> None:
     if not topology.is_first_stage:
         model.embed = None  # type: ignore[assignment]
     if not topology.is_last_stage:
-        model.head = model.final_norm = model.loop_gate = None  # type: ignore[assignment]
+        model.head = model.final_norm = model.loop_gate = model.exit_gate = None  # type: ignore[assignment]
 
 
 class Carry:

@@ -83,8 +83,9 @@ class ZeroOptimizer:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self.parameters[name]
-        if name not in self.trained:  # frozen weights are whole on every rank: stage 3 refuses them
-            parts = {"weight": parameter.detach(), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+        if name not in self.trained:
+            weight = self._whole(parameter)
+            parts = {"weight": weight, **{key: torch.zeros_like(weight) for key in MOMENTS}}
             return None if self.topology.dp_rank else parts
         parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         parts["weight"] = safe_get_full_fp32_param(parameter)
@@ -97,6 +98,15 @@ class ZeroOptimizer:
         for name, parameter in self.trained.items():
             for key in MOMENTS:
                 self._set_state(parameter, moments[name][key], key)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """A frozen parameter, which stage 3 cuts like any other though no optimizer holds it."""
+        if self.stage < 3:
+            return parameter.detach()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def _allocate_moments(self) -> None:
         # DeepSpeed 0.19.8 links moments to parameters after the first group's first update, when the second group has

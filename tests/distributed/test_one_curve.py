@@ -32,7 +32,7 @@ LAYOUTS = [
 # Other models: loop counts 1 and 2, updates, tying, sandwich norm, blocks that do not divide among stages.
 VARIANTS = {
     "one_loop": ["model.n_loops=1"],
-    "two_loops_ouro": ["model.n_loops=2", "model.update=norm", "model.norm=sandwich"],
+    "two_loops_ouro": ["model.n_loops=2", "model.update=norm", "model.norm=sandwich", "model.exit_gate=true"],
     "tied_replace": ["model.tie_embeddings=true", "model.update=replace"],
     "uneven": ["model.n_blocks=3", "model.n_loops=2", "model.pattern=full,gdn"],
     "tied_gate_odd_length": ["model.tie_embeddings=true", "train.seq_len=61"],

@@ -40,7 +40,7 @@ GQA = FullAttentionConfig(n_heads=4, n_kv_heads=2, d_head=6, rope_theta=500.0, o
 CONFIGS = {
     "full-replace-1": _config(n_loops=1, update="replace", pattern="full"),
     "full-norm-3-sandwich-tied": _config(
-        n_loops=3, update="norm", pattern="full", norm="sandwich", tie_embeddings=True
+        n_loops=3, update="norm", pattern="full", norm="sandwich", tie_embeddings=True, exit_gate=True
     ),
     "full-gate-2-gqa": _config(n_loops=2, update="gate", pattern="full", full=GQA),
     "gdn-gate-2": _config(n_loops=2, update="gate", pattern="gdn"),
@@ -67,6 +67,17 @@ CONFIGS = {
     ),
 }
 HYBRID = "hybrid-gate-3-sandwich"
+# Every mixer, and the forms of one that decode otherwise.
+DECODED = {name: _config(n_loops=2, pattern=name) for name in MIXER_MODULES}
+DECODED |= {
+    name: _config(n_loops=2, pattern=name.partition("-")[0], **{name.partition("-")[0]: settings})
+    for name, settings in {
+        "nsa-mean": SMALL["nsa"].model_copy(update={"pooling": "mean"}),
+        "dsa-dense": SMALL["dsa"].model_copy(update={"index_loss": "dense"}),
+        "dsa-one-choice": SMALL["dsa"].model_copy(update={"selection_loops": (0,)}),
+        "dsa-two-choices": SMALL["dsa"].model_copy(update={"selection_loops": (0, 2)}),
+    }.items()
+}
 
 
 def of_used_mixers(config: ModelConfig) -> ModelConfig:
@@ -76,7 +87,12 @@ def of_used_mixers(config: ModelConfig) -> ModelConfig:
 
 def build(name: str) -> LoopedLM:
     """The training model of a case."""
-    model = LoopedLM(CONFIGS[name]).eval()
+    return build_from(CONFIGS[name])
+
+
+def build_from(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LoopedLM:
+    """A training model with noise on every weight; weights are the same in every compute dtype."""
+    model = LoopedLM(config, dtype).eval()
     init_weights(model, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import FP32_TOLERANCE, HYBRID, build, of_used_mixers, tokens_of
+from hf_cases import DECODED, FP32_TOLERANCE, HYBRID, build, build_from, of_used_mixers, tokens_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -66,7 +66,7 @@ def test_shards_and_index_load_and_import(tmp_path: Path) -> None:
         import_hf(tmp_path / "out")
 
 
-def test_bf16_load_keeps_decay_in_fp32_and_follows_the_training_model(tmp_path: Path) -> None:
+def test_bf16_load_keeps_decay_in_fp32(tmp_path: Path) -> None:
     model = build(HYBRID)
     export_hf(model, tmp_path / "out", dtype="bfloat16")
     for dtype in (torch.bfloat16, "auto"):
@@ -78,12 +78,28 @@ def test_bf16_load_keeps_decay_in_fp32_and_follows_the_training_model(tmp_path: 
         assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
         exact = dict(build(HYBRID).named_parameters())["blocks.0.mixer.A_log"]
         assert torch.equal(loaded.model.layers[0].linear_attn.A_log, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [HYBRID, *DECODED])
+def test_a_bf16_export_is_the_bf16_training_model_bit_for_bit_and_generates(name: str, tmp_path: Path) -> None:
+    model = build(HYBRID) if name == HYBRID else build_from(DECODED[name])
+    export_hf(model, tmp_path / "out", dtype="bfloat16")
+    loaded = load(tmp_path / "out", dtype=torch.bfloat16)
     rounded = LoopedLM(model.config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for name, weight in export.stored_weights(model, "bfloat16").items():
-            rounded.get_parameter(name).copy_(weight)
-        diff = loaded(tokens_of(2, 40), use_cache=False).logits - rounded(tokens_of(2, 40))
-    assert not diff.any()  # the same bf16 operations in the same order
+    for weight_name, weight in export.stored_weights(model, "bfloat16").items():
+        rounded.get_parameter(weight_name).copy_(weight)
+    for n_loops in (1, model.config.n_loops, model.config.n_loops + 2):
+        logits = loaded(tokens_of(2, 40), use_cache=False, n_loops=n_loops).logits
+        assert torch.equal(logits, rounded(tokens_of(2, 40), n_loops=n_loops))
+        assert loaded.generate(tokens_of(2, 9), max_new_tokens=3, do_sample=False, n_loops=n_loops).shape == (2, 12)
+
+
+def test_an_export_asks_for_no_kernel_that_its_reader_may_lack(tmp_path: Path) -> None:
+    config = build(HYBRID).config
+    sections = {name: section.model_copy(update={"backend": "fla"}) for name, section in config.sections.items()}
+    export_hf(build_from(config.model_copy(update=sections)), tmp_path / "out")  # it is checked on the CPU
+    assert {section.backend for section in import_hf(tmp_path / "out")[0].sections.values()} == {"auto"}
 
 
 def test_auto_classes_find_the_code(tmp_path: Path) -> None:
@@ -169,6 +185,17 @@ def test_one_wrong_weight_fails_the_check(tmp_path: Path, leaf: str) -> None:
     weights[name].view(-1)[0] += 0.05
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ExportError, match="differ"):
+        check_export(tmp_path / "out", model)
+
+
+def test_a_wrong_exit_gate_fails_the_check(tmp_path: Path) -> None:
+    model = build("full-norm-3-sandwich-tied")
+    export_hf(model, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.early_exit_gate.bias"] += 0.05
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="in exit probabilities"):
         check_export(tmp_path / "out", model)
 
 

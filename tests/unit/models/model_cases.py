@@ -80,3 +80,14 @@ def gradients(model: LoopedLM, logits: list[Tensor]) -> dict[str, Tensor]:
     loss = sum((x.float() * torch.randn(x.shape, generator=generator)).sum() for x in logits)
     names, parameters = zip(*model.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+
+def add_gradients(model: LoopedLM, tokens: Tensor, cu_seqlens: list[int], upstream: Tensor) -> None:
+    """Add to every parameter's gradient that of the logits of all loops under `upstream` [R, 1, T, vocab_size], and
+    that of what a mixer trains by a loss of its own."""
+    row = RowContext(Packing.of(cu_seqlens, "cpu"), model.config.n_loops, auxiliary_scale=1.0)
+    h, depths = model.embed_tokens(tokens), []
+    for loop_idx in range(row.n_loops):
+        h = model.finish_loop(model.run_blocks(h, loop_idx, row), h, loop_idx)
+        depths.append(model.read_out(h))
+    (torch.stack(depths) * upstream).sum().backward()

@@ -70,11 +70,10 @@ def test_ouro_sizes_count_the_published_parameters(n_blocks: int, published: int
         d_ffn=5632,
         norm="sandwich",
         update="norm",
+        exit_gate=True,
         full=FullAttentionConfig(n_heads=16, d_head=128),
     )
-    exit_gate = 2048 + 1  # Ouro's linear from the state to one logit, with its bias; not in this model yet
-    assert model_parameters(config) == published - exit_gate
-    assert count(meta_model(config)) == published - exit_gate
+    assert model_parameters(config) == count(meta_model(config)) == published
 
 
 def counted_forward(config: ModelConfig, n_tokens: int, n_loops: int | None = None) -> FlopCounterMode:

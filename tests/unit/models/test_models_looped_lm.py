@@ -22,7 +22,6 @@ from loopline.models.config import ModelConfig
 from loopline.models.loop_plan import Step
 from loopline.models.looped_lm import LoopedLM, run_step
 from loopline.models.packing import Packing
-from loopline.models.settings.gdn import GatedDeltaConfig
 from tests.tolerances import TOLERANCES, rms_ratio
 
 LOGITS = TOLERANCES["fp32", "logits"]
@@ -152,6 +151,21 @@ def test_one_loop_is_a_plain_stack_bit_for_bit(pattern: str) -> None:
     assert torch.equal(model(tokens), model.head(model.final_norm(h)))
 
 
+@torch.no_grad()
+def test_exit_probabilities_are_the_published_distribution_of_the_states_the_head_sees() -> None:
+    """Ouro, arXiv:2510.25741: p_r = lambda_r prod_{j<r} (1 - lambda_j) for r < R, and what is left for R."""
+    model, tokens = moved_model(make_config(update="norm", exit_gate=True)), tokens_of(2, 7)
+    found = model.exit_probabilities(tokens)
+    gates = [
+        (model.exit_gate.bias + model.normed(h) @ model.exit_gate.weight[0]).sigmoid().view(2, 7)
+        for h in model.states(tokens, None, 3)
+    ]
+    expected = torch.stack([gates[0], (1 - gates[0]) * gates[1], (1 - gates[0]) * (1 - gates[1])])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.sum(0), torch.ones(2, 7))
+    assert torch.equal(model.exit_probabilities(tokens, 1), torch.ones(1, 2, 7))
+
+
 def test_blocks_run_in_the_order_of_the_plan() -> None:
     model, seen = moved_model(make_config(n_blocks=3)), []
 
@@ -259,41 +273,3 @@ def test_a_tied_head_is_the_embedding() -> None:
     expected["embed.weight"] = expected["embed.weight"] + expected.pop("head.weight")
     worst = {name: rms_ratio(found[name], expected[name]) for name in expected}
     assert all(ratio <= TOLERANCES["fp32", "gradients"] for ratio in worst.values()), worst
-
-
-# Precision.
-
-
-@every_config
-def test_bf16_keeps_parameters_and_gradients_in_fp32_and_its_logits_stay_close(config: ModelConfig) -> None:
-    exact, half, rounded = moved_model(config), moved_model(config, torch.bfloat16), moved_model(config)
-    with torch.no_grad():
-        for parameter in rounded.parameters():
-            parameter.copy_(parameter.bfloat16())
-    expected, found, reachable = (m.forward_depths(tokens_of(1, 257), depths=[1, 2, 3]) for m in (exact, half, rounded))
-    assert {x.dtype for x in found} == {torch.bfloat16}
-    assert {x.dtype for x in (*half.parameters(), *gradients(half, found).values())} == {torch.float32}
-    for a, b, c in zip(*([x.detach() for x in depths] for depths in (expected, found, reachable))):
-        assert rms_ratio(b, a) <= TOLERANCES["bf16", "weight_rounding"] * rms_ratio(c, a)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@every_pattern
-def test_bf16_gradients_stay_close(pattern: str, norm: str) -> None:
-    # One loop and heads of 24: narrower heads and more loops magnify the rounding of any input, not only bf16's own.
-    gdn = GatedDeltaConfig(n_heads=4, d_head_k=24, d_head_v=48)
-    config = make_config(pattern=pattern, norm=norm, update="replace", n_loops=1, d_model=128, gdn=gdn)
-    models = (moved_model(config), moved_model(config, torch.bfloat16))
-    expected, found = (gradients(model, [model(tokens_of(1, 257))]) for model in models)
-    sizes = {name: gradient.square().mean().sqrt() for name, gradient in expected.items()}
-    a, b = (torch.cat([(g[name] / size).flatten() for name, size in sizes.items()]) for g in (expected, found))
-    assert rms_ratio(b, a) <= TOLERANCES["bf16", "gradients"]
-
-
-def test_bf16_sums_a_weight_gradient_over_loops_in_fp32() -> None:
-    model = moved_model(make_config(update="replace"), torch.bfloat16)
-    model(tokens_of(1, 33)).float().square().sum().backward()
-    for name, parameter in model.named_parameters():
-        # A sum kept in bf16 would be a bf16 number; a sum of several fp32 terms almost never is.
-        if name.endswith("_proj.weight"):
-            assert (parameter.grad != parameter.grad.bfloat16().float()).float().mean() > 0.5, name

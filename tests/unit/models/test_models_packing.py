@@ -4,13 +4,9 @@ import itertools
 
 import pytest
 import torch
-from model_cases import EVERY_MIXER, moved_model, tokens_of
-from torch import Tensor
+from model_cases import EVERY_MIXER, add_gradients, moved_model, tokens_of
 
 from loopline.models.config import ModelConfig
-from loopline.models.context import RowContext
-from loopline.models.looped_lm import LoopedLM
-from loopline.models.packing import Packing
 from tests.tolerances import TOLERANCES, rms_ratio
 
 LENGTHS = [1, 63, 257, 1, 64, 65, 2]
@@ -31,17 +27,6 @@ def test_packed_documents_give_the_logits_of_each_document_alone_at_every_loop(c
         for depth in range(3):  # rms_ratio is infinite where anything is not finite
             ratio = rms_ratio(packed[depth][:, start:end], alone[depth])
             assert ratio <= TOLERANCES["fp32", "logits"], (start, end, depth)
-
-
-def add_gradients(model: LoopedLM, tokens: Tensor, cu_seqlens: list[int], upstream: Tensor) -> None:
-    """Add to every parameter's gradient that of the logits of all loops under `upstream` [R, 1, T, vocab_size], and
-    that of what a mixer trains by a loss of its own."""
-    row = RowContext(Packing.of(cu_seqlens, "cpu"), model.config.n_loops, auxiliary_scale=1.0)
-    h, depths = model.embed_tokens(tokens), []
-    for loop_idx in range(row.n_loops):
-        h = model.finish_loop(model.run_blocks(h, loop_idx, row), h, loop_idx)
-        depths.append(model.read_out(h))
-    (torch.stack(depths) * upstream).sum().backward()
 
 
 @every_mixer

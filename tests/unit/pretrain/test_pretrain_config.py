@@ -4,8 +4,10 @@ import operator
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from loopline.pretrain.build import chosen_backends
 from loopline.pretrain.config import config_from_tree, load_config, parse_recompute, recipe_names
 from loopline.pretrain.errors import ConfigError
 from loopline.pretrain.plan import describe
@@ -133,11 +135,72 @@ def test_unknown_key_names_the_nearest(override: str, nearest: str | None) -> No
         ("parallel.recompute=some", ["parallel.recompute is 'some'", "'none', 'all', or 'loops:0,1'"]),
         ("model.full.n_heads=5", ["model.d_model (64)", "model.full.n_heads (5)"]),
         ("model=3", ["model = 3"]),
+        ("model.window.window=1", ["model.window.window = 1", "greater than or equal to 2"]),
+        ("model.nsa.n_selected=2", ["model.nsa.n_selected = 2", "greater than or equal to 3"]),
+        ("model.nsa.block_size=0", ["model.nsa.block_size = 0", "greater than or equal to 1"]),
+        ("model.dsa.top_k=0", ["model.dsa.top_k = 0", "greater than or equal to 1"]),
+        ("model.nsa.backend=fla", ["model.nsa.backend = 'fla'", "'auto' or 'reference'"]),
+        ("model.dsa.backend=sdpa", ["model.dsa.backend = 'sdpa'", "'auto' or 'reference'"]),
+        ("model.gla.backend=sdpa", ["model.gla.backend = 'sdpa'", "'auto', 'reference' or 'fla'"]),
+        ("model.window.backend=flash", ["model.window.backend = 'flash'", "'auto', 'sdpa', 'fla' or 'reference'"]),
     ],
 )
 def test_bad_value_is_refused_with_field_value_and_rule(override: str, named: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("debug", [override])
+    assert all(text in str(error.value) for text in named), error.value
+
+
+SOFTMAX = ("full", "window", "nsa", "dsa")
+WITH_FLA = ("gdn", "kda", "deltanet", "mamba2", "gla", "hgrn2", "retnet", "full", "window")
+# Mixer, settings it cannot serve, and what the message must say; MIXER stands for model.NAME.
+UNSERVED = [
+    *((name, ["n_heads=4", "n_kv_heads=3"], ["MIXER.n_heads (4)", "MIXER.n_kv_heads (3)"]) for name in SOFTMAX),
+    *((name, ["n_heads=5"], ["model.d_model (64)", "MIXER.n_heads (5)", "MIXER.d_head"]) for name in SOFTMAX),
+    *((name, ["d_head=7"], ["MIXER.d_head (7)", "must be even"]) for name in SOFTMAX),
+    ("retnet", ["d_head_k=7"], ["MIXER.d_head_k (7)", "must be even"]),
+    ("dsa", ["index_d_rope=66"], ["MIXER.index_d_rope (66)", "MIXER.index_d_head (64)"]),
+    ("dsa", ["index_d_rope=5"], ["MIXER.index_d_rope (5)", "must be even"]),
+    ("dsa", ["selection_loops=[1, 2]"], ["MIXER.selection_loops ([1, 2])", "rise from 0", "start with 0"]),
+    ("dsa", ["selection_loops=[0, 2, 1]"], ["MIXER.selection_loops ([0, 2, 1])", "rise from 0"]),
+    ("dsa", ["selection_loops=[0, 0]"], ["MIXER.selection_loops ([0, 0])", "rise from 0"]),
+    ("dsa", ["selection_loops=[]"], ["MIXER.selection_loops ([])", "rise from 0"]),
+    ("mamba2", ["n_groups=3"], ["MIXER.n_heads (4)", "MIXER.n_groups (3)"]),
+    *(
+        (name, [f"backend={backend}", "d_head_k=257"], ["MIXER.d_head_k (257)", "256", f"MIXER.backend = '{backend}'"])
+        for name in ("gdn", "kda", "deltanet")
+        for backend in ("auto", "fla")
+    ),
+    *((name, ["backend=fla", "d_head=258"], ["MIXER.d_head (258)", "256", "'sdpa'"]) for name in ("full", "window")),
+]
+
+
+@pytest.mark.parametrize(("mixer", "settings", "named"), UNSERVED)
+def test_settings_a_mixer_cannot_serve_are_refused_where_the_model_has_it(
+    mixer: str, settings: list[str], named: list[str]
+) -> None:
+    overrides = [f"model.{mixer}.{setting}" for setting in settings]
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", [f"model.pattern={mixer}", *overrides])
+    (problem,) = problems_of(error)
+    assert all(text.replace("MIXER", f"model.{mixer}") in problem for text in named), problem
+    load_config("debug", [f"model.pattern={'gdn' if mixer != 'gdn' else 'full'}", *overrides])
+
+
+def test_heads_that_fla_has_no_kernel_for_run_on_other_backends() -> None:
+    for mixer in ("gdn", "kda", "deltanet"):
+        settings = [f"model.pattern={mixer}", f"model.{mixer}.d_head_k=257", f"model.{mixer}.backend=reference"]
+        load_config("debug", settings).validate_for(1)
+    load_config("debug", ["model.pattern=full", "model.full.d_head=258"]).validate_for(1)  # auto is sdpa everywhere
+
+
+@pytest.mark.parametrize("mixer", WITH_FLA)
+def test_fla_on_the_cpu_is_refused_with_the_backends_there_are(mixer: str) -> None:
+    config = load_config("debug", [f"model.pattern={mixer}", f"model.{mixer}.backend=fla"])
+    with pytest.raises(ConfigError) as error:
+        chosen_backends(config, torch.device("cpu"))
+    others = "sdpa, reference" if mixer in SOFTMAX else "reference"
+    named = [f"model.{mixer}.backend = 'fla'", "not available on cpu", f"; available: {others} "]
     assert all(text in str(error.value) for text in named), error.value
 
 
@@ -242,6 +305,36 @@ REFUSED = {
     "world smaller than tp * pp": (1, [TP2, PP2], ["parallel.tp * parallel.pp = 2 * 2", "world size 1"]),
     "key/value heads": (4, [TP4], ["model.full.n_kv_heads = 2", "parallel.tp = 4"]),
     "Gated DeltaNet heads": (2, [TP2, "model.gdn.n_heads=3"], ["model.gdn.n_heads = 3", "parallel.tp = 2"]),
+    "Mamba-2 heads": (
+        2,
+        [TP2, "model.pattern=mamba2", "model.mamba2.n_heads=3"],
+        ["model.mamba2.n_heads = 3", "tp = 2"],
+    ),
+    "Mamba-2 groups": (
+        2,
+        [TP2, "model.pattern=mamba2", "model.mamba2.n_heads=6", "model.mamba2.n_groups=3"],
+        ["model.mamba2.n_groups = 3", "parallel.tp = 2"],
+    ),
+    "heads of sparse attention": (
+        2,
+        [TP2, "model.pattern=nsa", "model.nsa.n_kv_heads=1"],
+        ["model.nsa.n_kv_heads = 1", "parallel.tp = 2"],
+    ),
+    "a choice in a loop that does not run": (
+        1,
+        ["model.pattern=dsa", "model.dsa.selection_loops=[0, 3]"],
+        ["model.dsa.selection_loops = [0, 3]", "model.n_loops = 3", "0..2"],
+    ),
+    "odd Mamba-2 heads in bf16": (
+        1,
+        ["model.pattern=mamba2", "model.mamba2.d_state=5", "train.dtype=bf16"],
+        ["model.mamba2.d_state = 5", "even", "train.dtype = 'bf16'", "model.mamba2.backend = 'auto'"],
+    ),
+    "odd RetNet heads in bf16": (
+        1,
+        ["model.pattern=retnet", "model.retnet.d_head_v=9", "train.dtype=bf16", "model.retnet.backend=fla"],
+        ["model.retnet.d_head_v = 9", "even", "train.dtype = 'bf16'", "model.retnet.backend = 'fla'"],
+    ),
     "FFN": (2, [TP2, "model.d_ffn=177"], ["model.d_ffn = 177", "parallel.tp = 2"]),
     "vocabulary": (2, [TP2, "model.vocab_size=4097"], ["model.vocab_size = 4097", "parallel.tp = 2"]),
     "batch and micro-batch": (
@@ -353,6 +446,11 @@ def test_a_world_that_does_not_fit_hides_no_other_problem() -> None:
         (4, []),
         (4, [TP4, "model.pattern=gdn"]),  # full attention's two key/value heads do not matter without it
         (2, [PP2, "parallel.recompute=loops:0,2"]),
+        (2, [TP2, "model.pattern=mamba2"]),  # one group serves the heads of every rank
+        (1, ["model.pattern=dsa", "model.dsa.selection_loops=[0, 2]"]),
+        (1, ["model.dsa.selection_loops=[0, 9]"]),  # the model has no dsa
+        (1, ["model.pattern=mamba2", "model.mamba2.d_state=5"]),  # fp32
+        (1, ["model.pattern=mamba2", "model.mamba2.d_state=5", "train.dtype=bf16", "model.mamba2.backend=reference"]),
     ],
 )
 def test_layouts_that_can_run_are_not_refused(world_size: int, overrides: list[str]) -> None:
