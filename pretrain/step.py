@@ -133,6 +133,7 @@ class Stepper:
             else:
                 for micro in micro_batches:
                     sums += self.optimizer.forward(partial(measure_depths, batch=micro, loss=self.loss))
+                    micro.row.memory.clear()  # its figures are wanted later, what its loops left is not
             n_valid += batch.n_valid
         is_counted = topology.tp_rank == 0 and topology.is_last_stage
         losses, states = sums[:n_loops].tolist(), sums[n_loops:].tolist()  # host sync

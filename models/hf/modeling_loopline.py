@@ -391,6 +391,8 @@ def padding_of(masks: dict[str, Any], n_keys: int) -> Tensor | None:
         return masks["linear_attention"]
     causal = masks.get("full_attention")
     if causal is None:
+        causal = masks.get("indexed_attention")
+    if causal is None:
         return None
     last = causal[:, 0, -1, :n_keys]
     return last if last.dtype == torch.bool else last == 0

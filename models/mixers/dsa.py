@@ -72,7 +72,7 @@ class SparseAttention(FullAttention):
         if context.row.is_measured:
             recall = attention_recall(q, k, served.selection, cu_seqlens=cu_seqlens, sum_heads=self.sum_over_ranks)
             context.record("indexer_recall", *recall)
-        return _Deliver.apply(o, *index, served.gradients) if is_choosing else o  # type: ignore[no-untyped-call]
+        return _Deliver.apply(o, *index, context) if is_choosing else o  # type: ignore[no-untyped-call]
 
     def index(self, x: Tensor, context: BlockContext) -> Index:
         """What scores are made of. A power of the sizes in the head weights keeps scores of order one."""
@@ -132,17 +132,22 @@ class _Served:
 
 
 class _Deliver(torch.autograd.Function):
-    """Identity on the output; in backward, the indexer's gradient: the sum of what the loops served have left."""
+    """Identity on the output; in backward, the indexer's gradient: the sum of what the loops served have left.
+
+    The choice has then served its last loop, recomputation included, and is forgotten: it would else live as long as
+    the micro-batch, which is longer than its activations do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, o: Tensor, q: Tensor, k: Tensor, w: Tensor, gradients: dict[int, IndexerLoss]) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, o: Tensor, q: Tensor, k: Tensor, w: Tensor, context: BlockContext) -> Tensor:
+        ctx.memory, ctx.loop_idx = context.memory, context.loop_idx
         ctx.dtypes = q.dtype, k.dtype, w.dtype
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.gradients:
+        gradients: dict[int, IndexerLoss] = ctx.memory.pop(ctx.loop_idx).gradients
+        if not gradients:
             return grad_o, None, None, None, None
-        totals = [torch.stack(parts).sum(0) for parts in list(zip(*ctx.gradients.values()))[1:]]
+        totals = [torch.stack(parts).sum(0) for parts in list(zip(*gradients.values()))[1:]]
         return grad_o, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes)), None

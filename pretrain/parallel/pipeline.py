@@ -158,6 +158,8 @@ class Pipeline:
             batch, meter = next(data)
             out = chunk(batch)
             is_last_chunk = chunk.vp_stage == len(self.chunks) - 1
+            if is_last_chunk:
+                batch.row.memory.clear()  # no loop follows here
             if self.topology.is_last_stage:
                 meter.add(out if is_last_chunk else chunk.carry.unpack(out)[0], batch.labels)
             return out, lambda h: (h.new_zeros(()), meter.row())

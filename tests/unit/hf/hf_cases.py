@@ -23,7 +23,7 @@ FP32_REORDERED_TOLERANCE = 1e-2
 FP64_TOLERANCE = 1e-9  # nothing but a bug is left: measured 1e-12
 
 
-def _config(**settings: object) -> ModelConfig:
+def config_of(**settings: object) -> ModelConfig:
     small = {
         "vocab_size": VOCAB_SIZE,
         "d_model": 16,
@@ -38,39 +38,39 @@ def _config(**settings: object) -> ModelConfig:
 
 GQA = FullAttentionConfig(n_heads=4, n_kv_heads=2, d_head=6, rope_theta=500.0, output_gate=True)
 CONFIGS = {
-    "full-replace-1": _config(n_loops=1, update="replace", pattern="full"),
-    "full-norm-3-sandwich-tied": _config(
+    "full-replace-1": config_of(n_loops=1, update="replace", pattern="full"),
+    "full-norm-3-sandwich-tied": config_of(
         n_loops=3, update="norm", pattern="full", norm="sandwich", tie_embeddings=True, exit_gate=True
     ),
-    "full-gate-2-gqa": _config(n_loops=2, update="gate", pattern="full", full=GQA),
-    "gdn-gate-2": _config(n_loops=2, update="gate", pattern="gdn"),
-    "gdn-norm-3-tied": _config(
+    "full-gate-2-gqa": config_of(n_loops=2, update="gate", pattern="full", full=GQA),
+    "gdn-gate-2": config_of(n_loops=2, update="gate", pattern="gdn"),
+    "gdn-norm-3-tied": config_of(
         n_loops=3,
         update="norm",
         pattern="gdn",
         tie_embeddings=True,
         gdn=GatedDeltaConfig(n_heads=3, d_head_k=4, d_head_v=4, conv_size=3, allow_negative_eigenvalues=True),
     ),
-    "hybrid-gate-3-sandwich": _config(
+    "hybrid-gate-3-sandwich": config_of(
         n_blocks=3, n_loops=3, update="gate", pattern="gdn*2,full", norm="sandwich", full=GQA
     ),
     # One of every other mixer.
-    **{f"{name}-gate-2": _config(n_loops=2, pattern=name) for name in MIXER_MODULES if name not in ("full", "gdn")},
-    "mamba2-norm-1-groups": _config(
+    **{f"{name}-gate-2": config_of(n_loops=2, pattern=name) for name in MIXER_MODULES if name not in ("full", "gdn")},
+    "mamba2-norm-1-groups": config_of(
         n_loops=1,
         update="norm",
         pattern="mamba2",
         mamba2=Mamba2Config(n_heads=4, d_head=3, d_state=5, n_groups=2, conv_size=3),
     ),
-    "hybrid-replace-1": _config(
+    "hybrid-replace-1": config_of(
         n_loops=1, update="replace", pattern="full,gdn", gdn=GatedDeltaConfig(d_head_k=4, d_head_v=8, conv_size=1)
     ),
 }
 HYBRID = "hybrid-gate-3-sandwich"
 # Every mixer, and the forms of one that decode otherwise.
-DECODED = {name: _config(n_loops=2, pattern=name) for name in MIXER_MODULES}
+DECODED = {name: config_of(n_loops=2, pattern=name) for name in MIXER_MODULES}
 DECODED |= {
-    name: _config(n_loops=2, pattern=name.partition("-")[0], **{name.partition("-")[0]: settings})
+    name: config_of(n_loops=2, pattern=name.partition("-")[0], **{name.partition("-")[0]: settings})
     for name, settings in {
         "nsa-mean": SMALL["nsa"].model_copy(update={"pooling": "mean"}),
         "dsa-dense": SMALL["dsa"].model_copy(update={"index_loss": "dense"}),

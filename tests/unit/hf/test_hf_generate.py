@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import HYBRID, build, hf_model, hf_model_fp64, tokens_of
+from hf_cases import HYBRID, build, build_from, config_of, hf_model, hf_model_fp64, tokens_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +88,19 @@ def test_a_static_cache_generates_the_same(model: LoopedLM) -> None:
         prompt, max_new_tokens=N_NEW, do_sample=False, cache_implementation="static", disable_compile=True
     )
     assert torch.equal(output, greedy(model, prompt))
+
+
+@pytest.mark.parametrize("pattern", ["dsa", "window,dsa", "dsa,gdn", "retnet,dsa", "dsa,full", "nsa,window"])
+def test_a_static_cache_generates_each_left_padded_row_as_if_alone(pattern: str) -> None:
+    """generate() prepares masks for a static cache by layer type, and padding must be read off whichever there is."""
+    hf, prompt, n_padding = hf_model_fp64(build_from(config_of(pattern=pattern))), tokens_of(3, 9), [0, 4, 7]
+    mask = (torch.arange(9) >= torch.tensor(n_padding)[:, None]).long()
+    settings = {"max_new_tokens": N_NEW, "do_sample": False}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    together = hf.generate(prompt, attention_mask=mask, **settings, **static)
+    for row, padding in enumerate(n_padding):
+        alone = hf.generate(prompt[row : row + 1, padding:], **settings)
+        assert torch.equal(together[row, 9:], alone[0, 9 - padding :]), row
 
 
 def test_a_static_cache_too_small_for_n_loops_is_refused() -> None:

@@ -142,6 +142,16 @@ def test_a_shared_choice_is_made_once_and_used_by_the_loops_it_serves() -> None:
     assert row.memory[0] == {}  # full attention leaves nothing
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_nothing_a_loop_leaves_outlives_the_backward_pass(sharing: str, recompute: bool) -> None:
+    """A step keeps its micro-batches for their figures: choices kept with them would add up over the step."""
+    model, row = model_of(config_of(selection_loops=SHARING[sharing])), row_of()
+    gradients_of(model, row, recompute=recompute)
+    assert not any(row.memory.values())
+    assert row.sums("indexer_loss")[1] == 3 * sum(LENGTHS)
+
+
 def test_overlap_of_choices_is_recorded_where_there_are_two() -> None:
     tokens = tokens_of(1, sum(LENGTHS))
     shared, each = row_of(None), row_of(None)
