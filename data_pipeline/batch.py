@@ -38,12 +38,14 @@ class Batch:
         labels: [S, T], int64, -100 where ignored.
         cu_seqlens: S arrays [N+1], int32, 0 to T.
         global_index: [S], int64, rising: the place of each sequence in the global batch.
+        n_padding: tokens that no document gave.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     cu_seqlens: tuple[np.ndarray, ...]
     global_index: np.ndarray
+    n_padding: int = 0
 
     @classmethod
     def stack(cls, sequences: Sequence[PackedSequence], global_index: Sequence[int]) -> "Batch":
@@ -53,6 +55,7 @@ class Batch:
             labels=np.stack([sequence.labels for sequence in sequences]),
             cu_seqlens=tuple(sequence.cu_seqlens for sequence in sequences),
             global_index=np.asarray(global_index, np.int64),
+            n_padding=sum(sequence.n_padding for sequence in sequences),
         )
 
     @property

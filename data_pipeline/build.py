@@ -1,38 +1,49 @@
 """Text -> token shards, tokenizer and manifest: what `loopline data build` runs, and the bundled corpora.
 
-The build is a pure function of the source's content and the settings: two builds give the same bytes. It runs in one
-process; `tokenizers` uses the machine's cores.
+The build is a pure function of the source's content and the settings: two builds give the same bytes, with any number
+of workers and after any interruption. Workers tokenize the source's parts into chunks; the main process puts the chunks
+together in order. `chunks.py`, `workers.py` and `staging.py` are the three pieces.
 """
 
+import functools
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from loopline.data_pipeline.chunks import Chunk, find_chunk, read_chunk, write_chunk, write_durably
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     Provenance,
+    Split,
     TokenizerEntry,
     dtype_for,
+    file_sha256,
 )
+from loopline.data_pipeline.parts import Part, Source
 from loopline.data_pipeline.shards import DEFAULT_RECORD_TOKENS, DEFAULT_SHARD_BYTES, SplitWriter
-from loopline.data_pipeline.sources import BUNDLED, Source, open_source
+from loopline.data_pipeline.sources import BUNDLED, open_source
+from loopline.data_pipeline.staging import Staging, disk_error, open_staging, remove_staging
 from loopline.data_pipeline.tokenizer import TOKENIZER_FILE, TokenizerFile, train_tokenizer
+from loopline.data_pipeline.workers import run_items
 
 log = logging.getLogger(__name__)
 
-_ENCODE_CHARACTERS = 1_000_000  # per call of the tokenizer: enough for every core, and a progress bar that moves
+_ENCODE_CHARACTERS = 1_000_000  # per call of the tokenizer: enough for every core, little enough to hold in memory
 
 
 def build(
@@ -45,9 +56,13 @@ def build(
     record_tokens: int = DEFAULT_RECORD_TOKENS,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
+    workers: int = 0,
     progress: bool = True,
 ) -> Manifest:
     """Builds a data set into `out_dir`, or returns the one there if it was built with the same source and settings.
+
+    A build that was killed goes on where it was when it is run again. With workers, a script must call this below
+    `if __name__ == "__main__":`, as always with `multiprocessing`.
 
     Args:
         source: documents; see `sources.open_source`.
@@ -59,13 +74,16 @@ def build(
             one record per lane; smaller records shuffle better and cost about 2.5 KB each.
         shard_bytes: target bytes per tar file.
         seed: of the held-out choice.
+        workers: processes that read and tokenize; 0 does it in this one, where `tokenizers` still uses every core. The
+            result is the same.
         progress: show a progress bar, if on a terminal.
     Returns:
         The saved manifest.
     Raises:
-        DataError: no text; a bad setting; out_dir holds other data.
+        DataError: no text; a bad row; a bad setting; out_dir holds other data or is being built by another process; the
+            disk is full; a worker died.
     """
-    _check_settings(tokenizer, vocab_size, heldout_fraction, record_tokens, shard_bytes)
+    _check_settings(tokenizer, vocab_size, heldout_fraction, record_tokens, shard_bytes, workers)
     out = Path(out_dir)
     description = source.describe()
     settings: dict[str, str | int | float] = {
@@ -76,41 +94,32 @@ def build(
         "seed": seed,
     }
     if (out / MANIFEST_FILE).exists():
-        return _existing(out, description, settings)
-
-    out.mkdir(parents=True, exist_ok=True)
-    if tokenizer is None:
-        assert vocab_size is not None
-        log.info("training a tokenizer of %d entries", vocab_size)
-        train_texts = (text for text, is_heldout in _iter_split(source, seed, heldout_fraction) if not is_heldout)
-        tokenizer = train_tokenizer(_or_raise_if_empty(train_texts, source), out, vocab_size=vocab_size)
-    else:
-        tokenizer = tokenizer.copy_to(out)
-    writers = {
-        name: SplitWriter(
-            out, name, dtype=dtype_for(tokenizer.vocab_size), record_tokens=record_tokens, shard_bytes=shard_bytes
+        return existing_data(out, description, settings)
+    with open_staging(out) as staging:
+        if (out / MANIFEST_FILE).exists():  # another process finished it between the two looks
+            return existing_data(out, description, settings)
+        if tokenizer is None:
+            assert vocab_size is not None
+            tokenizer = _trained_tokenizer(source, staging.tokenizer, vocab_size, seed, heldout_fraction)
+        else:
+            tokenizer = tokenizer.copy_to(staging.tokenizer)
+        chunks = _iter_chunks(source, tokenizer, staging, workers, progress)
+        rule = HeldoutRule(seed, heldout_fraction)
+        limits = {"record_tokens": record_tokens, "shard_bytes": shard_bytes}
+        splits, n_skipped = _merge(chunks, staging, tokenizer, rule, limits)
+        _check_splits(set(splits), sum(s.n_documents for s in splits.values()), heldout_fraction, source, n_skipped)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            dtype=dtype_for(tokenizer.vocab_size),
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
+            provenance=Provenance(
+                source=description, settings=settings, n_skipped=n_skipped, loopline_version=version("loopline")
+            ),
+            splits=splits,
         )
-        for name in ("train", "heldout")
-    }
-    n_documents = 0
-    for tokens, is_heldout in _iter_encoded(source, tokenizer, seed, heldout_fraction, progress):
-        writers["heldout" if is_heldout else "train"].add(tokens)
-        n_documents += 1
-    splits = {name: split for name, writer in writers.items() if (split := writer.close()) is not None}
-    _check_splits(set(splits), n_documents, heldout_fraction, source)
-
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        dtype=dtype_for(tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
-        provenance=Provenance(
-            source=description, settings=settings, n_skipped=source.n_skipped, loopline_version=version("loopline")
-        ),
-        splits=splits,
-    )
-    manifest.save(out)
+        staging.commit(manifest)
     for name, split in splits.items():
         log.info("%s: %d documents, %d tokens, %d shards", name, split.n_documents, split.n_tokens, len(split.shards))
     return manifest
@@ -174,7 +183,8 @@ def wait_for_manifest(path: str | Path, timeout_s: float) -> Manifest:
     return Manifest.load(file)
 
 
-def _existing(out: Path, description: dict, settings: dict) -> Manifest:
+def existing_data(out: Path, description: dict, settings: dict) -> Manifest:
+    """The data set that is there, if it was made from equal things; DataError otherwise."""
     manifest = Manifest.load(out)
     found = {**manifest.provenance.source, **manifest.provenance.settings}
     asked = {**description, **settings}
@@ -183,37 +193,200 @@ def _existing(out: Path, description: dict, settings: dict) -> Manifest:
         listed = ", ".join(f"{key} {found.get(key)!r} (now {asked.get(key)!r})" for key in different)
         raise DataError(f"{out} already holds other data: {listed}. Choose another folder, or delete this one")
     manifest.verify(hashes=False)
+    remove_staging(out)  # of a build that was killed between its manifest and its tidying
     return manifest
 
 
-def _iter_split(source: Source, seed: int, heldout_fraction: float) -> Iterator[tuple[str, bool]]:
-    for index, text in enumerate(source):
-        digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-        yield text, int.from_bytes(digest, "little") < heldout_fraction * 2**64
+@dataclass(frozen=True)
+class HeldoutRule:
+    """Which documents are held out: a hash of (seed, document number), so whoever counts the same decides the same."""
+
+    seed: int
+    fraction: float
+
+    def __call__(self, number: int) -> bool:
+        digest = hashlib.blake2b(f"{self.seed}:{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.fraction * 2**64
 
 
-def _iter_encoded(
-    source: Source, tokenizer: TokenizerFile, seed: int, heldout_fraction: float, progress: bool
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """(tokens [n] with eos last, whether held out) of every document, in the source's order."""
+def _trained_tokenizer(
+    source: Source, folder: Path, vocab_size: int, seed: int, heldout_fraction: float
+) -> TokenizerFile:
+    """Trains on the training documents, or takes the one that an interrupted build of the same text left."""
+    how = _reading(source)
+    signatures = [_Signature.of(part) for part in source.parts()]
+    facts = [signature.key(how) for signature in signatures]
+    asked = [vocab_size, seed, heldout_fraction, version("tokenizers"), facts]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    mark, file = folder / "trained.json", folder / TOKENIZER_FILE
+    if mark.is_file() and file.is_file() and mark.read_text() == json.dumps([key, file_sha256(file)]):
+        return TokenizerFile(folder)
+    log.info("training a tokenizer of %d entries", vocab_size)
+    is_heldout = HeldoutRule(seed, heldout_fraction)
+    texts = (text for number, text in enumerate(source) if not is_heldout(number))
+    tokenizer = train_tokenizer(_or_raise_if_empty(texts, source), folder, vocab_size=vocab_size)
+    for signature in signatures:
+        signature.check()
+    write_durably(mark, json.dumps([key, tokenizer.sha256]).encode())
+    return tokenizer
 
-    def encode(pending: list[tuple[str, bool]]) -> Iterator[tuple[np.ndarray, bool]]:
-        encoded = tokenizer.encode_batch([text for text, _ in pending])
-        for ids, (_, is_heldout) in zip(encoded, pending, strict=True):
-            yield np.array([*ids, tokenizer.eos_id]), is_heldout
 
-    pending, n_characters = [], 0
-    # disable=None: shown on a terminal only.
-    with tqdm(desc="encoding", unit=" documents", disable=None if progress else True) as bar:
-        for item in _iter_split(source, seed, heldout_fraction):
-            pending.append(item)
-            n_characters += len(item[0])
+@dataclass(frozen=True)
+class _Signature:
+    """A part and the sizes and times of its files when the build began."""
+
+    part: Part
+    stats: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, part: Part) -> "_Signature":
+        stats = (file.stat() for file in part.files)
+        return cls(part, tuple((stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+    def key(self, how: dict[str, str | int], *more: str | int) -> str:
+        """Hash of all that the part's texts depend on, and of `more`."""
+        files = [str(file) for file in self.part.files]
+        facts = [how, files, self.stats, self.part.start, self.part.stop, version("loopline"), more]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raises DataError where a file is no longer what it was."""
+        if _Signature.of(self.part) != self:
+            raise DataError(
+                f"{self.part} changed while it was read; leave the text alone during a build, and run the same command "
+                "again"
+            )
+
+
+def _reading(source: Source) -> dict[str, str | int]:
+    """How a source reads its files, whichever they are."""
+    return {name: value for name, value in source.describe().items() if name not in ("n_files", "n_bytes")}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One part to tokenize, the number of its chunk, and what the chunk's key must be."""
+
+    part_idx: int
+    signature: _Signature
+    key: str
+
+    def __str__(self) -> str:
+        return str(self.signature.part)
+
+
+class _Tokenize:
+    """Turns a part into its chunk; picklable, and the same in any process."""
+
+    def __init__(self, source: Source, tokenizer: Path, chunks: Path) -> None:
+        self._source = source
+        self._tokenizer_path = tokenizer
+        self._chunks = chunks
+
+    @functools.cached_property
+    def _tokenizer(self) -> TokenizerFile:
+        return TokenizerFile(self._tokenizer_path)
+
+    def __call__(self, job: _Job) -> None:
+        """Raises DataError: a bad row; a file that changed meanwhile; a full disk or an unreadable file."""
+        skipped: list[int] = []
+        try:
+            write_chunk(self._chunks, job.part_idx, job.key, self._batches(job, skipped), skipped)
+        except OSError as error:
+            raise disk_error(error, self._chunks.parent.parent) from error
+
+    def _batches(self, job: _Job, skipped: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        pending: list[str] = []
+        n_characters = 0
+        for text in self._source.read(job.signature.part):
+            if text is None:
+                skipped.append(1)
+                continue
+            pending.append(text)
+            n_characters += len(text)
             if n_characters >= _ENCODE_CHARACTERS:
-                yield from encode(pending)
-                bar.update(len(pending))
+                yield self._encode(pending)
                 pending, n_characters = [], 0
-        yield from encode(pending)
-        bar.update(len(pending))
+        if pending:
+            yield self._encode(pending)
+        job.signature.check()
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [n] of the data set's dtype, each document with eos last; exclusive ends [len(texts)], int64)."""
+        tokenizer = self._tokenizer
+        dtype = dtype_for(tokenizer.vocab_size)
+        documents = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)]
+        return np.concatenate(documents), np.cumsum([len(document) for document in documents])
+
+
+def _iter_chunks(
+    source: Source, tokenizer: TokenizerFile, staging: Staging, workers: int, progress: bool
+) -> Iterator[tuple[int, Chunk]]:
+    """(part number, chunk) of every part, in order; makes those that an earlier build did not leave."""
+    more = (tokenizer.sha256, tokenizer.eos_id, version("tokenizers"))
+    how = _reading(source)
+    signatures = [_Signature.of(part) for part in source.parts()]
+    jobs = [_Job(i, signature, signature.key(how, *more)) for i, signature in enumerate(signatures)]
+    chunks = [find_chunk(staging.chunks, job.part_idx, job.key, check_hash=True) for job in jobs]
+    missing = [job for job, chunk in zip(jobs, chunks, strict=True) if chunk is None]
+    if len(missing) < len(jobs):
+        log.info("%d of %d parts are there from an earlier build", len(jobs) - len(missing), len(jobs))
+    task = _Tokenize(source, staging.tokenizer, staging.chunks)
+    n_workers = workers if len(missing) > 1 else 0
+    next_part = 0
+    # disable=None: shown on a terminal only.
+    with (
+        tqdm(
+            desc="tokenizing",
+            total=sum(job.signature.part.n_bytes for job in jobs),
+            initial=sum(job.signature.part.n_bytes for job, chunk in zip(jobs, chunks, strict=True) if chunk),
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
+        closing(run_items(task, missing, n_workers)) as finished,
+    ):
+        for index in finished:
+            job = missing[index]
+            chunks[job.part_idx] = find_chunk(staging.chunks, job.part_idx, job.key, check_hash=False)
+            assert chunks[job.part_idx] is not None
+            bar.update(job.signature.part.n_bytes)
+            while next_part < len(chunks) and (chunk := chunks[next_part]) is not None:
+                yield next_part, chunk
+                next_part += 1
+    while next_part < len(chunks) and (chunk := chunks[next_part]) is not None:  # where nothing was missing
+        yield next_part, chunk
+        next_part += 1
+    assert next_part == len(chunks)
+
+
+def _merge(
+    chunks: Iterator[tuple[int, Chunk]],
+    staging: Staging,
+    tokenizer: TokenizerFile,
+    is_heldout: HeldoutRule,
+    limits: dict[str, int],
+) -> tuple[dict[str, Split], int]:
+    """Writes the shards; returns the splits by name and the number of rows that held no text."""
+    with open_splits(staging.shards, dtype_for(tokenizer.vocab_size), limits) as writers:
+        number = n_skipped = 0
+        for part_idx, chunk in chunks:
+            n_skipped += chunk.n_skipped
+            for tokens in read_chunk(staging.chunks, part_idx, chunk):
+                writers["heldout" if is_heldout(number) else "train"].add(tokens)
+                number += 1
+        return {name: split for name, writer in writers.items() if (split := writer.close()) is not None}, n_skipped
+
+
+@contextmanager
+def open_splits(folder: Path, dtype: str, limits: dict[str, int]) -> Iterator[dict[str, SplitWriter]]:
+    """The writers of both splits; their files are closed at the end of the block, whatever happened in it."""
+    writers = {name: SplitWriter(folder, name, dtype=dtype, **limits) for name in ("train", "heldout")}
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.discard()
 
 
 def _or_raise_if_empty(texts: Iterator[str], source: Source) -> Iterator[str]:
@@ -222,19 +395,19 @@ def _or_raise_if_empty(texts: Iterator[str], source: Source) -> Iterator[str]:
         is_empty = False
         yield text
     if is_empty:
-        raise DataError(_no_text(source))
+        raise DataError(_no_text(source, source.n_skipped))
 
 
-def _no_text(source: Source) -> str:
+def _no_text(source: Source, n_skipped: int) -> str:
     return (
-        f"source {source.describe()} gave no documents to train on ({source.n_skipped} empty or unreadable skipped); "
+        f"source {source.describe()} gave no documents to train on ({n_skipped} empty or unreadable skipped); "
         "a build needs at least one document with text. Give a source with text"
     )
 
 
-def _check_splits(found: set[str], n_documents: int, heldout_fraction: float, source: Source) -> None:
+def _check_splits(found: set[str], n_documents: int, heldout_fraction: float, source: Source, n_skipped: int) -> None:
     if "train" not in found:
-        raise DataError(_no_text(source))
+        raise DataError(_no_text(source, n_skipped))
     if heldout_fraction > 0 and "heldout" not in found:
         raise DataError(
             f"heldout_fraction={heldout_fraction} of {n_documents} documents left the held-out split empty; "
@@ -248,10 +421,18 @@ def _check_settings(
     heldout_fraction: float,
     record_tokens: int,
     shard_bytes: int,
+    workers: int,
 ) -> None:
     if (tokenizer is None) == (vocab_size is None):
         given = "neither" if tokenizer is None else "both"
         raise DataError(f"{given} of tokenizer and vocab_size given; give one: use a tokenizer, or train one")
+    check_numbers(heldout_fraction, record_tokens, shard_bytes)
+    if workers < 0:
+        raise DataError(f"workers={workers} must be 0 or more; 0 builds in this process")
+
+
+def check_numbers(heldout_fraction: float, record_tokens: int, shard_bytes: int) -> None:
+    """Raises DataError for a setting outside its range."""
     if not 0 <= heldout_fraction < 1:
         raise DataError(f"heldout_fraction={heldout_fraction} must be at least 0 and below 1; 0.05 is usual")
     for name, value in (("record_tokens", record_tokens), ("shard_bytes", shard_bytes)):

@@ -1,12 +1,15 @@
 """`manifest.json`: the list of everything a training run may read, with counts and hashes.
 
-The manifest is written last, so a folder that has one is complete. Reading the shards is `shards.py`.
+The manifest is written last, so a folder that has one is complete. It may lie at a URL: then the manifest and the
+tokenizer are copied to the cache, and the shards are fetched as they are read. Reading them is `shards.py`.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, Self
@@ -14,10 +17,24 @@ from typing import Annotated, Final, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from loopline.data_pipeline.download import (
+    MissingFile,
+    RemoteSettings,
+    Wanted,
+    download,
+    file_url,
+    parse_location,
+    shown,
+)
 from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.store import LocalStore, RemoteStore, ShardStore, file_sha256, fsync_folder
+from loopline.data_pipeline.tar_layout import check_tar
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "manifest.json"
+# Of a manifest and of a tokenizer file: far above any real one, far below what fills a machine.
+MAX_MANIFEST_BYTES = 2**30
+MAX_TOKENIZER_BYTES = 2**28
 _REBUILD = "Build the data again with `loopline data build`"
 
 
@@ -91,11 +108,15 @@ class Shard(_Strict):
 
 
 class Split(_Strict):
-    """One part of the data: `train`, or `heldout` for evaluation."""
+    """One part of the data: `train`, or `heldout` for evaluation.
+
+    `length_histogram[b]` counts the documents of 2^b to 2^(b+1) - 1 tokens; older builds have none.
+    """
 
     n_documents: Count
     n_tokens: Count
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+    length_histogram: tuple[Annotated[int, Field(ge=0, lt=2**53)], ...] | None = None
 
     @property
     def n_records(self) -> int:
@@ -119,6 +140,8 @@ class Manifest(_Strict):
     provenance: Provenance
     splits: Annotated[dict[str, Split], Field(min_length=1)]
     _folder: Path | None = PrivateAttr(default=None)
+    # None for a local data set.
+    _remote: RemoteStore | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -129,11 +152,15 @@ class Manifest(_Strict):
         names = [shard.name for split in self.splits.values() for shard in split.shards]
         if len(set(names)) < len(names):
             raise ValueError("a shard is listed twice")
+        for name, split in self.splits.items():
+            if split.length_histogram is not None:
+                counted = f"the counts of splits.{name}.length_histogram"
+                _check_sum("n_documents", split.n_documents, sum(split.length_histogram), counted)
         return self
 
     @property
     def folder(self) -> Path:
-        """Where the shards are; known once the manifest was loaded or saved."""
+        """Where manifest and tokenizer are, and the shards of a local data set; known once it was loaded or saved."""
         assert self._folder is not None
         return self._folder
 
@@ -141,41 +168,70 @@ class Manifest(_Strict):
     def path(self) -> Path:
         return self.folder / MANIFEST_FILE
 
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    @property
+    def store(self) -> ShardStore:
+        """Where the shards are opened."""
+        return self._remote or LocalStore(self.folder)
+
     @classmethod
-    def load(cls, path: str | Path) -> "Manifest":
+    def load(cls, path: str | Path, remote: RemoteSettings | None = None) -> "Manifest":
         """Reads and checks a manifest; touches no shard.
 
         Args:
-            path: `manifest.json`, or the folder that holds it.
+            path: `manifest.json`, or the folder that holds it: local, or a URL of http, https, s3, gs or file.
+            remote: how files of a URL are fetched and kept; None is `RemoteSettings()`.
         Raises:
-            DataError: no such file; a field that breaks a rule.
+            DataError: no such file; a field that breaks a rule; a location that is refused; nothing fetched in time.
         """
-        file = Path(path) / MANIFEST_FILE if Path(path).is_dir() else Path(path)
+        location = parse_location(path)
+        if isinstance(location, str):
+            return cls._load_remote(location, remote or RemoteSettings())
+        file = location / MANIFEST_FILE if location.is_dir() else location
         if not file.is_file():
             raise DataError(
                 f"{file} does not exist: no data here, or its build was interrupted (the manifest is written last). "
                 f"{_REBUILD}"
             )
-        try:
-            manifest = cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise DataError(f"{file} breaks a rule: {_first_problem(error)}. {_REBUILD}") from None
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{file} has {file.stat().st_size} bytes, {MAX_MANIFEST_BYTES} at most. {_REBUILD}")
+        manifest = cls._parse(file.read_bytes(), str(file))
         manifest._folder = file.parent
+        return manifest
+
+    @classmethod
+    def _parse(cls, content: bytes, what: str) -> "Manifest":
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            raise DataError(f"{what} breaks a rule: {_first_problem(error)}. {_REBUILD}") from None
+
+    @classmethod
+    def _load_remote(cls, url: str, settings: RemoteSettings) -> "Manifest":
+        url = url.rstrip("/") if url.endswith(".json") else f"{url.rstrip('/')}/{MANIFEST_FILE}"
+        base = url.rpartition("/")[0]
+        content = _fetched(url, MAX_MANIFEST_BYTES, None, settings)
+        manifest = cls._parse(content, shown(url))
+        folder = settings.cache_dir / "manifests" / hashlib.sha256(content).hexdigest()
+        try:
+            _fetch_tokenizer(manifest.tokenizer, base, folder, settings)
+            _write_aside(folder / MANIFEST_FILE, content)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error}. Choose another data.cache_dir") from error
+        manifest._folder = folder
+        manifest._remote = RemoteStore(base, settings)
         return manifest
 
     def save(self, folder: str | Path) -> None:
         """Writes `folder/manifest.json` in one step: readers see no manifest, or all of it."""
         target = Path(folder) / MANIFEST_FILE
-        text = json.dumps(self.model_dump(mode="json"), indent=1)
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=1)
         # One line per record keeps the file readable.
         text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        fsync_folder(target.parent)
+        _write_aside(target, (text + "\n").encode())
         self._folder = target.parent
 
     def split(self, name: str) -> Split:
@@ -196,19 +252,24 @@ class Manifest(_Strict):
         """Compares the manifest with the files.
 
         Args:
-            hashes: also read every byte and compare sha256; without it existence and sizes only.
+            hashes: also read every byte, compare sha256, and check that the tar's members are the manifest's records;
+                remote shards are all fetched for it, through the cache. Without it existence and sizes only.
         Raises:
-            DataError: a shard is missing, or has another size or hash; the tokenizer is missing or another one.
+            DataError: a shard is missing, or has another size or hash; a tar member that the manifest does not
+                describe; the tokenizer is missing or another one.
         """
+        store = self.store
         for shard in self.iter_shards():
-            check_shard_size(self.folder, shard)
+            store.check(shard, ask_server=not hashes)
             if hashes:
-                found = file_sha256(self.folder / shard.name)
-                if found != shard.sha256:
-                    raise DataError(
-                        f"shard {self.folder / shard.name} is not the one that was built: sha256 {found}, the manifest "
-                        f"says {shard.sha256}. Copy it again from where it was built, or build the data again"
-                    )
+                with store.open(shard) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    if found != shard.sha256:
+                        raise DataError(
+                            f"shard {store.shown(shard.name)} is not the one that was built: sha256 {found}, the "
+                            f"manifest says {shard.sha256}. {store.repair}"
+                        )
+                    check_tar(file, store.shown(shard.name), shard)
         self.verify_tokenizer()
 
     def verify_tokenizer(self) -> None:
@@ -227,32 +288,43 @@ class Manifest(_Strict):
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def check_shard_size(folder: Path, shard: Shard) -> None:
-    """Raises DataError where the shard is missing or not as long as the manifest says."""
-    path = folder / shard.name
-    if not path.is_file():
-        raise DataError(f"shard {path} is listed in the manifest but missing. Copy it here, or build the data again")
-    n_bytes = path.stat().st_size
-    if n_bytes != shard.n_bytes:
-        raise DataError(
-            f"shard {path} has {n_bytes} bytes, the manifest says {shard.n_bytes}: cut short or replaced. "
-            "Copy it again from where it was built, or build the data again"
-        )
+def _fetched(url: str, max_bytes: int, sha256: str | None, settings: RemoteSettings) -> bytes:
+    out = io.BytesIO()
+    n_bytes = download(
+        url, out, Wanted(max_bytes=max_bytes, sha256=sha256), settings, time.monotonic() + settings.retry_timeout_s
+    ).n_bytes
+    return out.getvalue()[:n_bytes]
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fetch_tokenizer(entry: TokenizerEntry, base: str, folder: Path, settings: RemoteSettings) -> None:
+    """Copies the tokenizer and its Hugging Face files, which the manifest does not list, beside the cached manifest."""
+    from loopline.data_pipeline.tokenizer import CONFIG_FILES  # imports a large library
+
+    if entry.file in (MANIFEST_FILE, *CONFIG_FILES):
+        raise DataError(f"{shown(base)} has a manifest that names {entry.file!r} as its tokenizer. {_REBUILD}")
+    target = folder / entry.file
+    if target.is_file() and file_sha256(target) == entry.sha256:
+        return
+    for name in CONFIG_FILES:
+        try:
+            content = _fetched(file_url(base, name), MAX_TOKENIZER_BYTES, None, settings)
+        except MissingFile:
+            continue
+        _write_aside(folder / name, content)
+    # Last, so that a folder with a tokenizer has its other files.
+    _write_aside(target, _fetched(file_url(base, entry.file), MAX_TOKENIZER_BYTES, entry.sha256, settings))
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_aside(target: Path, content: bytes) -> None:
+    """Writes a file in one durable step: readers see no file, or all of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    fsync_folder(target.parent)
 
 
 def _check_sum(name: str, stated: int, summed: int, what: str) -> None:

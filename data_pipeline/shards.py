@@ -3,9 +3,10 @@
 A record is two members, `{key}.tokens.npy` (uint16 or uint32, [n_tokens], whole documents one after the other, each
 ending with eos) and `{key}.ends.npy` (int64, [n_documents], exclusive end of each document). A document is never split
 over records. The bytes depend on the tokens alone (fixed owner, mode and time), and `webdataset.WebDataset` reads the
-files; our own reader seeks to a record by the manifest's offsets. Local files only, for now.
+files; our own reader seeks to a record by the manifest's offsets. Where the files are is `store.py`.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.manifest import Manifest, Record, Shard, Split, check_shard_size
+from loopline.data_pipeline.manifest import Manifest, Record, Shard, Split
+from loopline.data_pipeline.store import ShardFile
 
 DEFAULT_RECORD_TOKENS = 65_536
 DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -39,12 +41,14 @@ class SplitWriter:
         self._n_records = 0
         self._shards: list[Shard] = []
         self._tar: _TarFile | None = None
+        self._n_by_length = [0] * 64  # documents by bit length of their token count, less one
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends one document: integers, [n], n >= 1, eos last."""
         assert len(tokens) > 0
         self._documents.append(tokens)
         self._n_pending_tokens += len(tokens)
+        self._n_by_length[len(tokens).bit_length() - 1] += 1
         if self._n_pending_tokens >= self._record_tokens:
             self._write_record()
 
@@ -56,11 +60,21 @@ class SplitWriter:
             self._close_shard()
         if not self._shards:
             return None
+        histogram = self._n_by_length
+        while not histogram[-1]:
+            histogram = histogram[:-1]
         return Split(
             n_documents=sum(shard.n_documents for shard in self._shards),
             n_tokens=sum(shard.n_tokens for shard in self._shards),
             shards=tuple(self._shards),
+            length_histogram=tuple(histogram),
         )
+
+    def discard(self) -> None:
+        """Gives up: closes the open file, whatever it holds."""
+        if self._tar is not None:
+            self._tar.discard()
+            self._tar = None
 
     def _write_record(self) -> None:
         if self._tar is None:
@@ -120,6 +134,11 @@ class _TarFile:
         self._file.close()
         return self._sha256.hexdigest()
 
+    def discard(self) -> None:
+        """Closes the file; that it cannot be completed, on a full disk, is known already."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha256.update(data)
@@ -136,17 +155,19 @@ class SplitReader:
     """Reads the records of a split by number, 0 to n_records - 1, in the manifest's order."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
-        """Checks that every shard of the split is there and as long as the manifest says.
+        """Checks that every local shard of the split is there and as long as the manifest says.
+
+        Remote shards are fetched, and checked, when a record of theirs is first read.
 
         Raises:
-            DataError: no such split; a shard is missing or has another size.
+            DataError: no such split; a shard is missing or has another size, or does not fit into the cache.
         """
         self.manifest = manifest
         self.split = split
         self._shards = manifest.split(split).shards
+        self._store = manifest.store
         for shard in self._shards:
-            check_shard_size(manifest.folder, shard)
-        self._folder = manifest.folder
+            self._store.check(shard)
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._vocab_size = manifest.vocab_size
         self._eos_id = manifest.eos_id
@@ -157,26 +178,28 @@ class SplitReader:
     def documents(self, record_idx: int) -> list[np.ndarray]:
         """The documents of one record: views [n] of the manifest's dtype, eos last.
 
+        A damaged record is always an error, never skipped: ranks that read other copies of it, and a run that resumes
+        with it repaired, would no longer see one order.
+
         Raises:
-            DataError: what lies there is not the record the manifest describes.
+            DataError: what lies there is not the record the manifest describes; a remote shard cannot be fetched.
         """
         shard_idx = int(np.searchsorted(self._first_record, record_idx, side="right")) - 1
         shard = self._shards[shard_idx]
         record = shard.records[record_idx - int(self._first_record[shard_idx])]
-        path = self._folder / shard.name
-        try:
-            tokens, ends = self._read_record(path, record)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"shard {path}, record at byte {record.tokens_offset}, cannot be read: {error}. "
-                "Copy the shard again from where it was built, or build the data again"
-            ) from None
+        with self._store.open(shard) as file:
+            try:
+                tokens, ends = self._read_record(file, shard, record)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"shard {self._store.shown(shard.name)}, record at byte {record.tokens_offset}, cannot be read: "
+                    f"{error}. {self._store.repair}"
+                ) from None
         return np.split(tokens, ends[:-1])
 
-    def _read_record(self, path: Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        with path.open("rb") as file:
-            tokens = _read_npy(file, record.tokens_offset, self._dtype, record.n_tokens)
-            ends = _read_npy(file, record.ends_offset, np.dtype("<i8"), record.n_documents)
+    def _read_record(self, file: ShardFile, shard: Shard, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        tokens = _read_npy(file, shard.n_bytes, record.tokens_offset, self._dtype, record.n_tokens)
+        ends = _read_npy(file, shard.n_bytes, record.ends_offset, np.dtype("<i8"), record.n_documents)
         if ends[0] < 1 or ends[-1] != len(tokens) or (np.diff(ends) < 1).any():
             raise ValueError(f"document ends must rise from 1 or more to {len(tokens)}")
         if tokens.max() >= self._vocab_size:
@@ -186,16 +209,23 @@ class SplitReader:
         return tokens, ends
 
 
-def _read_npy(file: io.BufferedReader, offset: int, dtype: np.dtype, n: int) -> np.ndarray:
+def _read_npy(file: ShardFile, n_file_bytes: int, offset: int, dtype: np.dtype, n: int) -> np.ndarray:
     """A 1-D array at `offset`; nothing is allocated or decoded before its header is what the manifest promises."""
+    n_bytes = n * dtype.itemsize
+    if offset + n_bytes > n_file_bytes:
+        raise ValueError(f"the manifest claims {n_bytes} bytes at {offset}, the shard has {n_file_bytes}")
     file.seek(offset)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not an npy array of version 1.0")
-    shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=1024)
+    try:
+        shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=1024)
+    except Exception as error:
+        # Beside ValueError: what the tokenizer and the parser of a Python literal raise for garbage.
+        raise ValueError(f"npy header: {error}") from None
     # Object arrays (pickles) end here too: their dtype is never the one expected.
     if found != dtype or shape != (n,):
         raise ValueError(f"array of {found} {list(shape)} found, {dtype} [{n}] expected")
-    data = file.read(n * dtype.itemsize)
-    if len(data) < n * dtype.itemsize:
-        raise ValueError(f"ends after {len(data)} of {n * dtype.itemsize} bytes")
+    data = file.read(n_bytes)
+    if len(data) < n_bytes:
+        raise ValueError(f"ends after {len(data)} of {n_bytes} bytes")
     return np.frombuffer(data, dtype)

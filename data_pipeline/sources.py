@@ -1,18 +1,19 @@
-"""Where text comes from: txt files, jsonl files, folders of source code, and the bundled corpus `stdlib`.
+"""Where text comes from: `open_source` picks the reader for what a user names; text and source files are read here.
 
 A source is iterated for its documents (one `str` each), always in the same order, as often as wanted; the builder
-reads it twice, once to train the tokenizer and once to encode. Parquet and remote sources are not here yet.
+reads it twice, once to train the tokenizer and once to encode, the second time part by part. Local files only.
 """
 
-import json
-import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.jsonl_source import JSONL_SUFFIXES, JsonlSource
+from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_or_none
+from loopline.data_pipeline.table_sources import DATASET_DICT_MARK, HFDatasetSource, ParquetSource, is_dataset_folder
+from loopline.data_pipeline.tar_source import WebDatasetSource
 
 BUNDLED = ("stdlib",)
 
@@ -22,21 +23,7 @@ _STDLIB_SKIPPED_FOLDERS = frozenset(
 )
 
 
-class Source(Protocol):
-    """An ordered, repeatable collection of documents."""
-
-    n_skipped: int  # files or rows of the latest pass that held no usable text
-
-    def __iter__(self) -> Iterator[str]:
-        """Yields every document, none of them empty, in a fixed order."""
-        ...
-
-    def describe(self) -> dict[str, str | int]:
-        """What the manifest records about this source; two sources with equal descriptions are taken as equal."""
-        ...
-
-
-class FileSource:
+class FileSource(Source):
     """One document per file: a single file, or every file below a folder whose name ends in one of `suffixes`.
 
     Files that are not UTF-8 and files with nothing but white space are skipped and counted in `n_skipped`.
@@ -45,7 +32,12 @@ class FileSource:
     kind = "files"
 
     def __init__(
-        self, path: str | Path, suffixes: Sequence[str] = (".txt",), *, skipped_folders: frozenset[str] = frozenset()
+        self,
+        path: str | Path,
+        suffixes: Sequence[str] = (".txt",),
+        *,
+        skipped_folders: frozenset[str] = frozenset(),
+        part_bytes: int = PART_BYTES,
     ) -> None:
         """Lists the files; reads none of them.
 
@@ -53,35 +45,28 @@ class FileSource:
             path: a file (taken whatever its name) or a folder.
             suffixes: name endings that count, with the dot; used for a folder only.
             skipped_folders: folder names that are not entered. Hidden folders never are.
+            part_bytes: small files share parts of about this size.
         Raises:
             DataError: path does not exist; the folder holds no such file.
         """
         self.path = Path(path)
         self.suffixes = tuple(suffixes)
         self.files = list_files(self.path, self.suffixes, skipped_folders)
-        self.n_skipped = 0
+        self._part_bytes = part_bytes
 
-    def __iter__(self) -> Iterator[str]:
-        self.n_skipped = 0
-        for file in self.files:
+    def parts(self) -> list[Part]:
+        return group_files(self.files, self._part_bytes)
+
+    def read(self, part: Part) -> Iterator[str | None]:
+        for file in part.files:
             try:
                 # Bytes, not text mode: a document keeps its own line endings on every platform.
-                text = file.read_bytes().decode("utf-8")
+                yield text_or_none(file.read_bytes().decode("utf-8"))
             except UnicodeDecodeError:
-                text = ""
-            if text.strip():
-                yield text
-            else:
-                self.n_skipped += 1
+                yield None
 
     def describe(self) -> dict[str, str | int]:
-        return {
-            "kind": self.kind,
-            "path": str(self.path),
-            "suffixes": " ".join(self.suffixes),
-            "n_files": len(self.files),
-            "n_bytes": sum(file.stat().st_size for file in self.files),
-        }
+        return self._description(self.kind, suffixes=" ".join(self.suffixes))
 
 
 class StdlibSource(FileSource):
@@ -101,84 +86,14 @@ class StdlibSource(FileSource):
         return {**super().describe(), "path": f"Python {platform.python_version()} standard library"}
 
 
-class JsonlSource:
-    """One document per line of `.jsonl` files: the string under `field` of each line's JSON object.
-
-    Blank lines are ignored; rows whose text is only white space are skipped and counted in `n_skipped`.
-    """
-
-    def __init__(self, path: str | Path, field: str = "text") -> None:
-        """Lists the files; reads none of them.
-
-        Args:
-            path: a file, or a folder of `.jsonl` files.
-            field: key of the text in each row.
-        Raises:
-            DataError: path does not exist; the folder holds no `.jsonl` file.
-        """
-        self.path = Path(path)
-        self.field = field
-        self.files = list_files(self.path, (".jsonl",))
-        self.n_skipped = 0
-
-    def __iter__(self) -> Iterator[str]:
-        """Raises DataError for a row that is not a JSON object with a string under `field`."""
-        self.n_skipped = 0
-        for file in self.files:
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if not line.strip():
-                        continue
-                    text = self._text_of(line, f"{file}:{number}")
-                    if text.strip():
-                        yield text
-                    else:
-                        self.n_skipped += 1
-
-    def _text_of(self, line: bytes, where: str) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # covers bad JSON and bad UTF-8
-            raise DataError(f"{where}: not JSON ({error}). Every line must be a JSON object; fix or drop it") from None
-        text = row.get(self.field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            found = f"keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-            raise DataError(
-                f"{where}: found {found}; every row must be an object with a string under {self.field!r}. "
-                "Name the right field, or fix the row"
-            )
-        return text
-
-    def describe(self) -> dict[str, str | int]:
-        return {
-            "kind": "jsonl",
-            "path": str(self.path),
-            "field": self.field,
-            "n_files": len(self.files),
-            "n_bytes": sum(file.stat().st_size for file in self.files),
-        }
-
-
-def list_files(path: Path, suffixes: Sequence[str], skipped_folders: frozenset[str] = frozenset()) -> list[Path]:
-    """Every file below `path` whose name ends in one of `suffixes`, sorted by relative path; `[path]` for a file.
-
-    Raises:
-        DataError: path does not exist; no such file below it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"text source {path} does not exist; give a file or a folder that does")
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if name not in skipped_folders and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(tuple(suffixes))]
-    if not found:
-        raise DataError(
-            f"text source {path} holds no file ending in {' or '.join(suffixes)}; "
-            "name another folder or the endings it does hold"
-        )
-    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+# File ending -> reader; a plain file of any other ending is text only where the user says so.
+_READERS: dict[str, Callable[[Path, str], Source]] = {
+    ".txt": lambda path, field: FileSource(path),
+    **dict.fromkeys(JSONL_SUFFIXES, JsonlSource),
+    ".parquet": ParquetSource,
+    ".tar": WebDatasetSource,
+}
+_COMPRESSED = (".gz", ".zst")
 
 
 def open_source(spec: str | Path, *, suffixes: Sequence[str] | None = None, field: str = "text") -> Source:
@@ -186,21 +101,51 @@ def open_source(spec: str | Path, *, suffixes: Sequence[str] | None = None, fiel
 
     Args:
         spec: `stdlib`, or a path. A bundled name wins over a file of that name (write `./stdlib` for the file).
-        suffixes: name endings of a folder of source files; without it the folder must hold `.txt` or `.jsonl` files.
-        field: key of the text in jsonl rows.
+        suffixes: name endings to read from a folder, or of a file with an unusual name. Without it a folder must hold
+            files of one kind: `.txt`, `.jsonl` (also `.gz`, `.zst`), `.parquet`, `.tar`, or a saved Hugging Face data
+            set. Endings of no kind are source files, one document each; `.gz` and `.zst` of any name are jsonl.
+        field: key or column of the text.
     Raises:
         DataError: nothing there, or it is not clear how to read it.
     """
     if spec in BUNDLED:
         return StdlibSource()
+    if str(spec).startswith("pipe:") or "://" in str(spec):
+        raise DataError(f"text source {spec!r} is a command or an address; copy the data to a local file or folder")
     path = Path(spec)
-    if suffixes is not None and tuple(suffixes) != (".jsonl",):
-        return FileSource(path, suffixes)
-    if path.is_dir() and suffixes is None:
-        kinds = sorted({file.suffix for file in list_files(path, (".txt", ".jsonl"))})
-        if len(kinds) > 1:
-            raise DataError(f"text source {path} holds both .txt and .jsonl files; say which with suffixes")
-        return JsonlSource(path, field) if kinds == [".jsonl"] else FileSource(path)
-    if path.is_file() and path.suffix not in (".txt", ".jsonl"):
-        raise DataError(f"text source {path} ends in {path.suffix!r}; files must be .txt or .jsonl, or name suffixes")
-    return JsonlSource(path, field) if path.suffix == ".jsonl" or suffixes else FileSource(path)
+    if suffixes is not None:
+        return _open_as(path, tuple(suffixes), field)
+    if is_dataset_folder(path) or (path / DATASET_DICT_MARK).is_file():
+        return HFDatasetSource(path, field)
+    if path.is_dir():
+        # The longest ending first: `.jsonl.gz` is also a `.gz`.
+        kinds = sorted({_ending(file) for file in list_files(path, tuple(_READERS))}, key=list(_READERS).index)
+        readers = {_READERS[kind] for kind in kinds}
+        if len(readers) > 1:
+            raise DataError(f"text source {path} holds both {' and '.join(kinds)} files; say which with suffixes")
+        return readers.pop()(path, field)
+    if path.is_file() and _ending(path) not in _READERS:
+        raise DataError(
+            f"text source {path} ends in {path.suffix!r}; files must be {', '.join(_READERS)}, or name suffixes"
+        )
+    return _READERS.get(_ending(path), _READERS[".txt"])(path, field)
+
+
+def _open_as(path: Path, suffixes: tuple[str, ...], field: str) -> Source:
+    if all(suffix in JSONL_SUFFIXES or suffix.endswith(_COMPRESSED) for suffix in suffixes):
+        return JsonlSource(path, field, suffixes)
+    if suffixes == (".parquet",):
+        return ParquetSource(path, field)
+    if suffixes == (".tar",):
+        return WebDatasetSource(path, field)
+    special = [suffix for suffix in suffixes if suffix in _READERS and suffix != ".txt"]
+    special += [suffix for suffix in suffixes if suffix.endswith(_COMPRESSED)]
+    if special:
+        raise DataError(f"suffixes {' '.join(suffixes)} mix {special[0]} with others; build each kind by itself")
+    return FileSource(path, suffixes)
+
+
+def _ending(file: Path) -> str:
+    """The ending the readers go by: the longest known one, else the file's own."""
+    known = [suffix for suffix in _READERS if file.name.endswith(suffix)]
+    return max(known, key=len) if known else file.suffix

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,10 +37,10 @@ def to_device(
     """A rank's batch as micro-batches on `device`. The last three are RowContext's."""
     return [
         MicroBatch(
-            torch.from_numpy(micro.tokens).to(device),
-            torch.from_numpy(micro.labels).to(device),
+            _moved(micro.tokens, device),
+            _moved(micro.labels, device),
             RowContext(
-                Packing(micro.cu_seqlens.tolist(), torch.from_numpy(micro.positions).to(device)),
+                Packing(micro.cu_seqlens.tolist(), _moved(micro.positions, device)),
                 n_loops,
                 auxiliary_scale,
                 is_measured,
@@ -47,3 +48,9 @@ def to_device(
         )
         for micro in batch.micro_batches(micro_batch_sequences)
     ]
+
+
+def _moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """On a GPU through pinned memory, so that the copy does not wait for what the GPU is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard
 
+from loopline.data_pipeline.mixture import is_extension
 from loopline.models.config import ModelConfig
 from loopline.models.looped_lm import LoopedLM
 from loopline.models.settings.section import Section
@@ -299,13 +300,16 @@ def check_belongs(state: RunState, config: RunConfig, data: str, where: Path) ->
         "train.trainable",
         "data.lanes",
         "data.shuffle_records",
+        "data.packing",
     ):
         section, field = path.split(".")
         was, now = getattr(getattr(saved, section), field), getattr(getattr(config, section), field)
         if was != now:
             problems.append(f"{path} was {was!r}, is {now!r}")
-    if state.data != data:
-        problems.append(f"data.manifest: the corpus's content was {state.data[:12]}.., is {data[:12]}..")
+    if not is_extension(state.data, data):
+        was, now = ("+".join(f"{part[:12]}.." for part in each.split("+")) for each in (state.data, data))
+        rule = "; a source that is no longer wanted stays listed with weight 0" if "+" in state.data else ""
+        problems.append(f"data.manifest, data.sources: the corpus's content was {was}, is {now}{rule}")
     if problems:
         raise CheckpointError(
             f"{where} belongs to another run; set these back, or start a new run.dir with "

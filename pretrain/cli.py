@@ -5,10 +5,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loopline.data_pipeline.errors import DataError
 from loopline.pretrain import train as train_module
 from loopline.pretrain.errors import CheckpointError, ConfigError, ExportError
+
+if TYPE_CHECKING:
+    from loopline.data_pipeline.manifest import Manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,19 +43,42 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _add_data(commands) -> None:  # type: ignore[no-untyped-def]
-    data = commands.add_parser("data", help="build corpora").add_subparsers(dest="data_command", required=True)
+    data = commands.add_parser("data", help="build and check corpora").add_subparsers(
+        dest="data_command", required=True
+    )
     build = data.add_parser("build", help="text -> token shards, manifest and held-out split")
-    build.add_argument("source", help="'stdlib', a .txt or .jsonl file, or a folder of text or source files")
+    build.add_argument("source", help="'stdlib', or a file or folder: txt, jsonl(.gz/.zst), parquet, tar, datasets")
     build.add_argument("out", type=Path, help="new folder for the corpus")
     tokenizer = build.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--vocab-size", type=int, help="train a byte-level BPE with this many entries")
-    tokenizer.add_argument("--tokenizer", type=Path, help="use this tokenizer.json, or the folder that holds it")
+    tokenizer.add_argument("--tokenizer", type=Path, help="use this tokenizer.json, or a tokenizer's local folder")
     build.add_argument("--suffixes", default=None, help="file endings to read from a folder: .py,.md")
-    build.add_argument("--text-field", default="text", help="field of a jsonl record that holds the text")
-    build.add_argument("--heldout-fraction", type=float, default=0.05)
-    build.add_argument("--record-tokens", type=int, default=65_536, help="target tokens in one record of a shard")
-    build.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
+    build.add_argument("--text-field", default="text", help="field or column of a record that holds the text")
+    build.add_argument("--workers", type=int, default=None, help="processes; 0: this one alone; default: one per core")
+    _add_data_sizes(build)
     build.set_defaults(run=_build)
+    megatron = data.add_parser("import-megatron", help="Megatron .bin/.idx -> token shards and manifest")
+    megatron.add_argument("prefix", help="path of the two files, without .bin and .idx")
+    megatron.add_argument("out", type=Path, help="new folder for the corpus")
+    megatron.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer the tokens were made with")
+    megatron.add_argument("--eos-id", type=int, default=None, help="id that ends documents; default: the tokenizer's")
+    _add_data_sizes(megatron)
+    megatron.set_defaults(run=_import_megatron)
+    inspect = data.add_parser("inspect", help="counts, histogram of lengths, decoded samples")
+    inspect.add_argument("manifest", type=Path, help="manifest.json, or the folder that holds it")
+    inspect.add_argument("--samples", type=int, default=3, help="documents to decode per split")
+    inspect.set_defaults(run=_inspect)
+    verify = data.add_parser("verify", help="compare every shard and the tokenizer with the manifest's hashes")
+    verify.add_argument("manifest", type=Path, help="manifest.json, or the folder that holds it")
+    verify.set_defaults(run=_verify)
+    _add_digest(data)
+
+
+def _add_data_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heldout-fraction", type=float, default=0.05)
+    parser.add_argument("--record-tokens", type=int, default=65_536, help="target tokens in one record of a shard")
+    parser.add_argument("--shard-bytes", type=int, default=256 * 2**20, help="target bytes of one shard")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -67,11 +94,101 @@ def _build(args: argparse.Namespace) -> int:
         vocab_size=args.vocab_size,
         heldout_fraction=args.heldout_fraction,
         record_tokens=args.record_tokens,
+        shard_bytes=args.shard_bytes,
+        seed=args.seed,
+        workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+    )
+    return _print_built(manifest)
+
+
+def _import_megatron(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.megatron_index import import_megatron
+    from loopline.data_pipeline.tokenizer import TokenizerFile
+
+    manifest = import_megatron(
+        args.prefix,
+        args.out,
+        tokenizer=TokenizerFile(args.tokenizer, eos_id=args.eos_id),
+        heldout_fraction=args.heldout_fraction,
+        record_tokens=args.record_tokens,
+        shard_bytes=args.shard_bytes,
         seed=args.seed,
     )
+    return _print_built(manifest)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.inspection import inspect_lines
+    from loopline.data_pipeline.manifest import Manifest
+
+    if args.samples < 0:
+        raise DataError(f"--samples is {args.samples}: give 0 or more")
+    for line in inspect_lines(Manifest.load(args.manifest), args.samples):
+        print(line)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.manifest import Manifest
+
+    manifest = Manifest.load(args.manifest)
+    manifest.verify()
+    shards = list(manifest.iter_shards())
+    n_bytes = sum(shard.n_bytes for shard in shards)
+    print(f"{manifest.path}: tokenizer and {len(shards):,} shards, {n_bytes:,} bytes, all as built")
+    return 0
+
+
+def _print_built(manifest: "Manifest") -> int:
     for name, split in manifest.splits.items():
         print(f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split.shards)} shards")
     print(f"manifest: {manifest.path}")
+    return 0
+
+
+def _add_digest(data) -> None:  # type: ignore[no-untyped-def]
+    digest = data.add_parser("digest", help="one hash of a stream's first global batches, on any number of ranks")
+    digest.add_argument("manifest", type=Path, help="manifest.json of a built corpus, or its folder")
+    digest.add_argument("--batches", type=int, default=10, help="global batches to hash")
+    digest.add_argument("--dp", type=int, default=1, help="data-parallel ranks to read them on")
+    digest.add_argument("--workers", type=int, default=0, help="worker processes per rank")
+    digest.add_argument("--seed", type=int, default=0)
+    digest.add_argument("--seq-len", type=int, default=128)
+    digest.add_argument("--lanes", type=int, default=8)
+    digest.add_argument("--global-batch-sequences", type=int, default=8)
+    digest.add_argument("--shuffle-records", type=int, default=4)
+    digest.add_argument("--packing", default="concat", choices=["concat", "best_fit"])
+    digest.set_defaults(run=_digest)
+
+
+def _digest(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.digest import stream_digest
+    from loopline.data_pipeline.manifest import Manifest
+    from loopline.data_pipeline.stream import GlobalBatchStream
+
+    manifest = Manifest.load(args.manifest)
+    if args.dp < 1:
+        raise DataError(f"--dp is {args.dp}: give at least 1")
+    ranks = [
+        GlobalBatchStream(
+            manifest,
+            seed=args.seed,
+            seq_len=args.seq_len,
+            n_lanes=args.lanes,
+            global_batch_sequences=args.global_batch_sequences,
+            dp_rank=rank,
+            dp_size=args.dp,
+            shuffle_records=args.shuffle_records,
+            packing=args.packing,
+            workers=args.workers,
+        )
+        for rank in range(args.dp)
+    ]
+    try:
+        print(stream_digest(ranks, args.batches))
+    finally:
+        for rank in ranks:
+            rank.close()
     return 0
 
 

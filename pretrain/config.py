@@ -93,14 +93,83 @@ class ParallelSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """One corpus of a mixture."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="as metrics and data.schedule name it")
+    manifest: str = Field(min_length=1, description="manifest.json of a built corpus, or 'bundled:NAME'")
+    weight: float | None = Field(
+        None, ge=0, description="share of the tokens, relative to the others'; 0: it rests; none: its tokens"
+    )
+    max_epochs: int | None = Field(None, ge=1, description="times it is read at most; none: no limit")
+
+
+class WeightsSection(Section):
+    """Weights from a step on."""
+
+    step: int = Field(ge=1, description="first step (from 0) with these weights")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(description="source name -> weight, for every source")
+
+
 class DataSection(Section):
     """Which tokens, in which order."""
 
-    manifest: str = Field("bundled:stdlib", description="manifest.json of a built corpus, or 'bundled:NAME'")
-    cache_dir: str = Field("data", description="where bundled corpora are built")
+    manifest: str = Field(
+        "bundled:stdlib", description="manifest.json of a built corpus (path or URL), or 'bundled:NAME'"
+    )
+    sources: tuple[SourceSection, ...] = Field(
+        (), strict=False, description="corpora mixed by weight, instead of data.manifest, which is then ''"
+    )
+    temperature: float = Field(1.0, gt=0, description="weights become weight^(1/temperature); needs data.sources")
+    schedule: tuple[WeightsSection, ...] = Field(
+        (), strict=False, description="weights that replace those of data.sources from given steps on"
+    )
+    cache_dir: str = Field("data", description="where bundled corpora are built and remote shards are kept")
     lanes: int = Field(8, ge=1, description="logical streams; fixed for the life of a run")
-    shuffle_records: int = Field(4, ge=1, description="records shuffled together within a lane")
-    verify_hashes: bool = Field(True, description="check every shard's sha256 before step 1")
+    shuffle_records: int = Field(4, ge=1, description="records shuffled, and packed by best_fit, together in a lane")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat: end to end; best_fit: cut only documents longer than seq_len, pad the rest"
+    )
+    workers: int = Field(0, ge=0, description="processes per rank that read ahead; 0 reads between steps")
+    verify_hashes: bool = Field(True, description="check every shard's sha256 before step 1; remote ones when read")
+    cache_bytes: int = Field(64 * 2**30, ge=1, description="most bytes of remote shards kept on a machine")
+    retry_timeout_s: float = Field(600.0, gt=0, le=604_800, description="for one remote file, all retries included")
+    read_timeout_s: float = Field(30.0, gt=0, le=604_800, description="a request without a byte for so long has failed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_replace_the_default(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("sources") and "manifest" not in given:
+            return {**given, "manifest": ""}
+        return given
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        names = [source.name for source in self.sources]
+        if names and self.manifest:
+            raise ValueError(
+                f"data.manifest = {self.manifest!r} and data.sources ({', '.join(names)}) are both given: keep one; a "
+                "recipe whose base has a manifest sets data.manifest = ''"
+            )
+        if not names and not self.manifest:
+            raise ValueError("data.manifest is empty and data.sources has no entry: name a corpus")
+        if not names and (self.schedule or self.temperature != 1):
+            raise ValueError("data.schedule and data.temperature need data.sources: list the corpora there")
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources has a name twice: {', '.join(names)}; give each its own")
+        weighted = [source.weight for source in self.sources if source.weight is not None]
+        if weighted and (len(weighted) < len(names) or not any(weighted)):
+            raise ValueError("data.sources: give every source a weight, one of them above 0, or give none a weight")
+        steps = [entry.step for entry in self.schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"data.schedule has steps {steps}; they must rise")
+        for entry in self.schedule:
+            if set(entry.weights) != set(names) or not any(entry.weights.values()):
+                raise ValueError(
+                    f"data.schedule at step {entry.step} has weights for {', '.join(entry.weights) or 'nothing'}; give "
+                    f"one for each of {', '.join(names)}, one of them above 0"
+                )
+        return self
 
 
 class CheckpointSection(Section):
@@ -420,7 +489,10 @@ def _explain(detail: Any) -> str:
 def _fields_at(path: tuple[str | int, ...]) -> list[str]:
     model: type[Section] = RunConfig
     for part in path:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        if isinstance(part, int):
+            continue  # an entry of a list: its fields are the same for all
+        annotation: Any = model.model_fields[part].annotation
+        model = next(iter(get_args(annotation)), annotation)
     return list(model.model_fields)
 
 

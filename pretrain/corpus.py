@@ -1,25 +1,31 @@
 """The data a run names, opened and checked before anything expensive starts."""
 
+import logging
 from pathlib import Path
 
 from loopline.data_pipeline.build import build_bundled, wait_for_manifest
+from loopline.data_pipeline.download import RemoteSettings, parse_location
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.mixture import Mixture, Source
 from loopline.pretrain.config import RunConfig
 from loopline.pretrain.errors import ConfigError
 
 BUILD_TIMEOUT_S = 600.0
 
+log = logging.getLogger(__name__)
+
 
 def open_corpus(config: RunConfig, local_rank: int) -> Manifest:
     """The run's manifest. A bundled corpus is built first where it is missing: one process a machine builds, the others
-    wait for its manifest.
+    wait for its manifest. Of a corpus at a URL only the manifest and the tokenizer are fetched here; its shards are
+    fetched and checked when they are first read.
 
     Raises:
-        DataError: missing or altered shards, or another tokenizer than the manifest's.
+        DataError: missing or altered shards, or another tokenizer than the manifest's; a location that is refused.
         ConfigError: the model's vocabulary is smaller than the corpus's.
     """
-    name = config.data.manifest
+    name = config.data.manifest or config.data.sources[0].manifest
     if name.startswith("bundled:"):
         name = name.removeprefix("bundled:")
         folder = Path(config.data.cache_dir) / f"{name}-bpe{config.model.vocab_size}"
@@ -27,11 +33,12 @@ def open_corpus(config: RunConfig, local_rank: int) -> Manifest:
             build_bundled(name, Path(config.data.cache_dir), config.model.vocab_size)
         manifest = wait_for_manifest(folder / "manifest.json", BUILD_TIMEOUT_S)
     else:
-        if not Path(name).exists():
+        location = parse_location(name)
+        if isinstance(location, Path) and not location.exists():
             raise DataError(
                 f"data.manifest = {name!r} does not exist: build it with `loopline data build`, or use 'bundled:stdlib'"
             )
-        manifest = Manifest.load(Path(name))
+        manifest = Manifest.load(location, remote_settings(config))
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the corpus's vocabulary "
@@ -39,5 +46,72 @@ def open_corpus(config: RunConfig, local_rank: int) -> Manifest:
         )
     if config.eval.every:
         manifest.split("heldout")  # refused now, not at the first evaluation
-    manifest.verify(hashes=config.data.verify_hashes and local_rank == 0)
+    if manifest.is_remote:
+        manifest.verify_tokenizer()
+        _warn_of_small_cache(config, manifest)
+    else:
+        manifest.verify(hashes=config.data.verify_hashes and local_rank == 0)
     return manifest
+
+
+def remote_settings(config: RunConfig) -> RemoteSettings:
+    """How this run fetches what lies at a URL."""
+    return RemoteSettings(
+        cache_dir=Path(config.data.cache_dir),
+        cache_bytes=config.data.cache_bytes,
+        retry_timeout_s=config.data.retry_timeout_s,
+        read_timeout_s=config.data.read_timeout_s,
+        rehash_cached=config.data.verify_hashes,
+    )
+
+
+def _warn_of_small_cache(config: RunConfig, manifest: Manifest) -> None:
+    n_bytes = sum(shard.n_bytes for shard in manifest.iter_shards())
+    if n_bytes > config.data.cache_bytes:
+        # The seeded order takes every record from another shard.
+        log.warning(
+            "the shards of %s have %d bytes, data.cache_bytes is %d: the order visits them at random, so shards will "
+            "be fetched again and again. Raise data.cache_bytes to hold them all",
+            config.data.manifest,
+            n_bytes,
+            config.data.cache_bytes,
+        )
+
+
+def open_data(config: RunConfig, local_rank: int) -> Manifest | Mixture:
+    """The run's corpus, or the mixture of its `data.sources`.
+
+    Raises:
+        DataError, ConfigError: as `open_corpus`; sources that do not go together; too few tokens for the run.
+    """
+    if not config.data.sources:
+        return open_corpus(config, local_rank)
+
+    def opened(manifest: str) -> Manifest:
+        data = config.data.model_copy(update={"manifest": manifest})
+        return open_corpus(config.model_copy(update={"data": data}), local_rank)
+
+    mixture = Mixture(
+        tuple(Source(s.name, opened(s.manifest), s.weight, s.max_epochs) for s in config.data.sources),
+        temperature=config.data.temperature,
+        schedule={entry.step: entry.weights for entry in config.data.schedule},
+    )
+    train = config.train
+    needed = (train.stop_at_step or train.steps) * train.global_batch_sequences * train.seq_len
+    if mixture.n_tokens is not None and mixture.n_tokens < needed:
+        raise DataError(
+            f"data.sources hold {mixture.n_tokens} tokens, each read max_epochs times; train.steps * "
+            f"train.global_batch_sequences * train.seq_len = {needed}: raise max_epochs, add a source, or lower "
+            "train.steps"
+        )
+    return mixture
+
+
+def main_manifest(data: Manifest | Mixture) -> Manifest:
+    """The corpus whose held-out split and tokenizer are the run's: a mixture's first."""
+    return data.sources[0].manifest if isinstance(data, Mixture) else data
+
+
+def data_id(data: Manifest | Mixture) -> str:
+    """Identity of the tokens a run trains on."""
+    return data.data_id if isinstance(data, Mixture) else data.content_sha256("train")

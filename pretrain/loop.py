@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopline.data_pipeline.batch import Batch
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.stream import GlobalBatchStream, heldout_batches
 from loopline.models.flops import train_flops
@@ -61,6 +62,7 @@ class Loop:
         finally:
             faulthandler.cancel_dump_traceback_later()
             signals.restore()
+            self.stream.close()
             if self.writer:
                 self.writer.close()
 
@@ -68,11 +70,12 @@ class Loop:
         """One step and what follows it: step, health, log, evaluate, save. Returns whether any rank asked to stop."""
         started = time.monotonic()
         lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        result = self.stepper.train(next(self.stream), lr, wants_stop)
+        batch = next(self.stream)
+        result = self.stepper.train(batch, lr, wants_stop)
         self.step += 1
         self.updates += result.is_finite
         self.tokens += result.n_valid if result.is_finite else 0
-        record = self.record(result, lr, time.monotonic() - started)
+        record = self.record(result, lr, time.monotonic() - started) | self.data_figures(batch)
         if self.is_due(self.config.eval.every):
             record |= self.evaluate()
         if self.writer:
@@ -125,9 +128,17 @@ class Loop:
             "step_time_s": seconds,
             "memory_bytes": memory_bytes(self.topology.device),
             "skipped": not result.is_finite,
-            "epoch": max((s["epoch"] for s in self.stream.state_dict().values()), default=0),
+            "epoch": self.stream.epoch,
             **result.figures,
         }
+
+    def data_figures(self, batch: Batch) -> dict[str, float]:
+        """Shares of padding and of each source, over all ranks; a plain stream has none and costs nothing."""
+        figures = self.stream.figures(batch)
+        if not figures:
+            return {}
+        totals = self.topology.all_reduce([float(x) for pair in figures.values() for x in pair])
+        return {name: n / max(1.0, d) for name, n, d in zip(figures, totals[::2], totals[1::2])}
 
     def evaluate(self) -> dict[str, Any]:
         """Held-out loss after each loop."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `--dry-run` loads no torch
     import torch
 
     from loopline.data_pipeline.manifest import Manifest
+    from loopline.data_pipeline.mixture import Mixture
     from loopline.data_pipeline.stream import GlobalBatchStream
     from loopline.pretrain.metrics import MetricsWriter
     from loopline.pretrain.start import Start
@@ -116,7 +117,14 @@ def train(config: RunConfig) -> None:
         topology=topology,
         stepper=stepper,
         manifest=manifest,
-        stream=open_stream(config, manifest, topology.dp_rank, topology.dp, state.lanes if state else None),
+        stream=open_stream(
+            config,
+            checked.data,
+            topology.dp_rank,
+            topology.dp,
+            state.lanes if state else None,
+            step=state.step if state else 0,
+        ),
         writer=open_writer(config, run_dir, state.step if state else 0) if topology.is_main else None,
         data_id=data_id,
         step=state.step if state else 0,
@@ -139,7 +147,9 @@ class Checked:
         rank, world_size: of this process.
         device: where it computes.
         backends: kernel of each op.
-        manifest, data_id: the corpus, and the sha256 of its training split.
+        data: the corpus, or the mixture of several.
+        manifest: the corpus, a mixture's first; its held-out split and tokenizer are the run's.
+        data_id: the sha256 of the training split, of each.
         start: the checkpoint to begin from, before its hashes are checked.
     """
 
@@ -147,6 +157,7 @@ class Checked:
     world_size: int
     device: torch.device
     backends: dict[str, str]
+    data: Manifest | Mixture
     manifest: Manifest
     data_id: str
     start: Start | None
@@ -167,22 +178,29 @@ def check_before_groups(config: RunConfig) -> Checked:
     run_folder.check_folder(Path(config.run.dir))
     device = pick_device(config.train.device, local_rank)
     backends = build.chosen_backends(config, device)
-    manifest = corpus.open_corpus(config, local_rank)
-    data_id = manifest.content_sha256("train")
+    data = corpus.open_data(config, local_rank)
+    manifest = corpus.main_manifest(data)
+    data_id = corpus.data_id(data)
     start = find_start(config, data_id)
-    # Opened once here to refuse too little data; rank and size do not change that.
-    open_stream(config, manifest, 0, 1, None)
-    return Checked(rank, world_size, device, backends, manifest, data_id, start)
+    # Opened once here to refuse too little data; rank and size do not change that. No worker starts before a batch.
+    open_stream(config, data, 0, 1, None)
+    return Checked(rank, world_size, device, backends, data, manifest, data_id, start)
 
 
 def open_stream(
-    config: RunConfig, manifest: Manifest, dp_rank: int, dp: int, lanes: Mapping[Any, Any] | None
+    config: RunConfig,
+    data: Manifest | Mixture,
+    dp_rank: int,
+    dp: int,
+    lanes: Mapping[Any, Any] | None,
+    *,
+    step: int = 0,
 ) -> GlobalBatchStream:
-    """The training stream of one data-parallel rank."""
+    """The training stream of one data-parallel rank, from the lanes' states after `step` steps."""
     from loopline.data_pipeline.stream import GlobalBatchStream
 
     return GlobalBatchStream(
-        manifest,
+        data,
         split="train",
         seed=config.run.seed,
         seq_len=config.train.seq_len,
@@ -191,7 +209,10 @@ def open_stream(
         dp_rank=dp_rank,
         dp_size=dp,
         shuffle_records=config.data.shuffle_records,
+        packing=config.data.packing,
+        workers=config.data.workers,
         states=lanes,
+        step=step,
     )
 
 

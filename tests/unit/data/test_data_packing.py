@@ -1,12 +1,25 @@
-"""Concatenation packing and micro-batches, checked against a direct reading of the rules."""
+"""Packing and micro-batches, checked against a direct reading of the rules."""
+
+from collections import Counter
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 
 from loopline.data_pipeline.batch import Batch, global_batch_sha256
+from loopline.data_pipeline.build import build_bundled
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.packing import IGNORED_LABEL, pack_concatenated
-from loopline.data_pipeline.stream import heldout_batches
+from loopline.data_pipeline.lane import LaneStream
+from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.packing import (
+    IGNORED_LABEL,
+    fill_sequence,
+    pack_concatenated,
+    padding_sequence,
+    plan_best_fit,
+)
+from loopline.data_pipeline.shards import SplitReader
+from loopline.data_pipeline.stream import GlobalBatchStream, heldout_batches
 
 CASES = {
     "one document fills one sequence": ([5], 5),
@@ -145,3 +158,68 @@ def test_heldout_batches_stop_at_the_maximum_and_refuse_bad_settings(small):
     ]:
         with pytest.raises(DataError, match=message):
             heldout_batches(small, **{"seq_len": 8, "batch_sequences": 4, **settings})
+
+
+def test_best_fit_pads_little_and_cuts_only_what_must_be_cut(tmp_path_factory):
+    """The bundled corpus at T = 2048 with a window of all its records; one epoch is every document once."""
+    seq_len = 2048
+    corpus = Manifest.load(build_bundled("stdlib", tmp_path_factory.mktemp("bundled"), 4096))
+    reader = SplitReader(corpus, "train")
+    stream = LaneStream(
+        reader, seed=0, n_lanes=1, lane=0, seq_len=seq_len, shuffle_records=10**6, packing="best_fit", max_epochs=1
+    )
+    pieces, n_tokens, n_padding = [], 0, 0
+    for sequence, _ in stream:
+        n_tokens += seq_len
+        n_padding += sequence.n_padding
+        bounds = [bound for bound in sequence.cu_seqlens.tolist() if bound <= seq_len - sequence.n_padding]
+        pieces += [sequence.tokens[start:end] for start, end in pairwise(bounds)]
+    share = n_padding / n_tokens
+    assert 0 < share < 0.01, share
+    documents = [document for record in range(reader.n_records) for document in reader.documents(record)]
+    whole = Counter(document.tobytes() for document in documents if len(document) <= seq_len)
+    found = Counter(piece.astype(documents[0].dtype).tobytes() for piece in pieces)
+    assert all(found[document] >= n for document, n in whole.items())
+    assert len(pieces) == sum(-(-len(document) // seq_len) for document in documents)
+    assert sum(map(len, pieces)) == sum(map(len, documents))
+
+
+def test_best_fit_and_its_order_never_change(small):
+    # Frozen: if these change, no best-fit run resumes exactly.
+    assert plan_best_fit([3, 9, 2, 4, 1], 4) == [
+        [(1, 0, 4)],
+        [(1, 4, 4)],
+        [(3, 0, 4)],
+        [(0, 0, 3), (1, 8, 1)],
+        [(2, 0, 2), (4, 0, 1)],
+    ]
+    stream = LaneStream(
+        SplitReader(small, "train"), seed=0, n_lanes=1, lane=0, seq_len=4096, shuffle_records=1000, packing="best_fit"
+    )
+    padding = [sequence.n_padding for sequence, _ in islice(stream, 12)]
+    assert padding != sorted(padding)  # fullest first would put the longest documents first
+
+
+def test_a_batch_counts_its_padding():
+    documents = make_documents([5, 2])
+    sequences = [fill_sequence(documents, pieces, 4, 0) for pieces in plan_best_fit([5, 2], 4)]
+    assert [sequence.n_padding for sequence in sequences] == [0, 1]
+    assert Batch.stack(sequences, [0, 1]).n_padding == 1
+    assert Batch.stack([*sequences, padding_sequence(4, 0)], range(3)).n_padding == 5
+
+
+def test_best_fit_states_that_do_not_fit_are_refused(small):
+    settings = {"seed": 1, "seq_len": 64, "n_lanes": 2, "global_batch_sequences": 2, "packing": "best_fit"}
+    stream = GlobalBatchStream(small, **settings)
+    next(stream)
+    states = stream.state_dict()
+    assert states[0] == {**states[0], "epoch": 0, "window": 0, "sequence": 1}
+    for change in ({"sequence": 10**6}, {"window": 100}):
+        resumed = GlobalBatchStream(small, **settings, states={**states, 0: {**states[0], **change}})
+        with pytest.raises(DataError, match=r"it points past the lane's data"):
+            next(resumed)
+    for other in ({"packing": "concat"}, {"seq_len": 128}):
+        with pytest.raises(DataError, match=r"data.packing, data.seed, data.lanes or data.shuffle_records changed"):
+            GlobalBatchStream(small, **{**settings, **other}, states=states)
+    with pytest.raises(DataError, match=r"packing='first_fit' is unknown; use 'concat' or 'best_fit'"):
+        GlobalBatchStream(small, **{**settings, "packing": "first_fit"})

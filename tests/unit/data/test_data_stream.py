@@ -8,8 +8,9 @@ import pytest
 
 from loopline.data_pipeline.batch import global_batch_sha256
 from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.lane import LaneStream, record_order, seeded_permutation
 from loopline.data_pipeline.shards import SplitReader
-from loopline.data_pipeline.stream import GlobalBatchStream, LaneStream, record_order, seeded_permutation
+from loopline.data_pipeline.stream import GlobalBatchStream
 
 N_LANES = 4
 SEQ_LEN = 256
@@ -256,3 +257,28 @@ def test_a_damaged_record_stops_the_stream_and_leaves_the_last_good_state(copy):
         read_on()
     assert len(states) > 5
     assert stream.state_dict() == states[-1]
+
+
+class CountingReader(SplitReader):
+    """Knows how many records were read."""
+
+    n_read = 0
+
+    def documents(self, record_idx):
+        self.n_read += 1
+        return super().documents(record_idx)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_restoring_reads_one_window_however_far_the_run_has_gone(small, packing):
+    settings = {"seed": 7, "n_lanes": 2, "lane": 1, "seq_len": 64, "shuffle_records": 3, "packing": packing}
+    stream = LaneStream(SplitReader(small, "train"), **settings)
+    for i in range(3000):
+        _, state = next(stream)
+        if i % 100 == 0:
+            reader = CountingReader(small, "train")
+            resumed = LaneStream(reader, **settings, state=state)
+            assert reader.n_read == 0
+            next(resumed)
+            assert reader.n_read <= 2 * settings["shuffle_records"]  # the state may stand at a window's end
+    assert state["epoch"] >= 2
