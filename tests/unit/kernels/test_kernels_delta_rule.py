@@ -1,203 +1,67 @@
-"""The delta rule: chunks equal the recurrence, both equal forms written by others, bad arguments are refused."""
+"""The delta rule: no decay to hide what beta does, forms written by others, and the dtypes fla has no kernel for."""
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from delta_rule_cases import Inputs, make_inputs, widened
-from gated_delta_cases import Op, results
-from packed_oracle import per_document
+from packed_oracle import fla_form, over_documents, per_document, transformers_delta_rule
+from recurrence_cases import (
+    DELTA_RULE,
+    Op,
+    assert_both_forms_equal,
+    assert_same,
+    make_delta_rule_inputs,
+    results,
+)
 from torch import Tensor
 
 from loopline.kernels.delta_rule.op import delta_rule
 from loopline.kernels.delta_rule.reference import chunked, recurrent
-from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES, rms_ratio
-
-LENGTHS = [1, 2, 63, 64, 65, 257]
-PACKED = [[1], [1, 1, 1], [1, 63, 1, 65, 2], [257, 1, 3], [5, 5, 5], [2, 130, 64, 1]]
-SIZES = [(8, 16), (16, 8), (1, 1), (7, 13), (32, 32), (96, 192)]
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> None:
-    assert found.keys() == expected.keys()
-    worst = {name: rms_ratio(found[name], expected[name]) for name in expected}
-    limit = TOLERANCES["fp32", "op"] if tolerance is None else tolerance
-    assert all(ratio <= limit for ratio in worst.values()), worst
-
-
-@pytest.mark.parametrize("has_state", [False, True])
-@pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_chunks_equal_the_recurrence_with_every_gradient(n_tokens: int, has_state: bool) -> None:
-    inputs = make_inputs([n_tokens], has_state=has_state)
-    assert_same(results(chunked, inputs), results(recurrent, inputs))
-
-
-@pytest.mark.parametrize("has_state", [False, True])
-@pytest.mark.parametrize("lengths", PACKED, ids=str)
-def test_chunks_equal_the_recurrence_over_packed_documents(lengths: list[int], has_state: bool) -> None:
-    inputs = make_inputs(lengths, has_state=has_state)
-    assert_same(results(chunked, inputs), results(recurrent, inputs))
-
-
-@pytest.mark.parametrize(("d_k", "d_v"), SIZES)
-def test_chunks_equal_the_recurrence_for_any_head_sizes(d_k: int, d_v: int) -> None:
-    inputs = make_inputs([67, 1], n_heads=3, d_k=d_k, d_v=d_v)
-    assert_same(results(chunked, inputs), results(recurrent, inputs))
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 1000])
-def test_result_does_not_depend_on_the_chunk_size(chunk_size: int) -> None:
-    inputs = make_inputs([65, 1, 3])
-    assert_same(results(chunked, inputs, chunk_size=chunk_size), results(recurrent, inputs))
-
-
-def test_chunks_equal_the_recurrence_with_negative_eigenvalues() -> None:
-    inputs = make_inputs([130, 1], beta_max=2.0)
-    assert inputs.beta.max() > 1.9
-    assert_same(results(chunked, inputs), results(recurrent, inputs))
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_chunks_equal_the_recurrence_at_the_ends_of_beta(beta: float) -> None:
-    inputs = make_inputs([65])
-    inputs = replace(inputs, beta=torch.full_like(inputs.beta, beta))
-    assert_same(results(chunked, inputs), results(recurrent, inputs))
 
 
 def test_chunks_equal_the_recurrence_when_every_key_is_the_same() -> None:
-    inputs = make_inputs([130, 1], beta_max=2.0)
+    inputs = make_delta_rule_inputs([130, 1], beta_max=2.0)
     inputs = replace(inputs, k=inputs.k[:, :1].expand_as(inputs.k))
     assert_same(results(chunked, inputs), results(recurrent, inputs))
 
 
-def test_chunks_equal_the_recurrence_in_fp64() -> None:
-    inputs = widened(make_inputs([130, 1, 65], beta_max=2.0))
-    found = results(chunked, inputs)
-    assert all(x.dtype == torch.float64 for x in found.values())
-    assert_same(found, results(recurrent, inputs), 1e-12)
-
-
-@pytest.mark.parametrize("form", [recurrent, chunked])
-def test_each_document_is_computed_alone(form: Op) -> None:
-    inputs = make_inputs([3, 1, 65])
-    packed = results(form, inputs)
-    for i, (start, end) in enumerate([(0, 3), (3, 4), (4, 69)]):
-        alone = Inputs(
-            *(x[:, start:end] for x in (inputs.q, inputs.k, inputs.v, inputs.beta)),
-            initial_state=inputs.initial_state[i : i + 1],
-            cu_seqlens=[0, end - start],
-        )
-        o, state = form(**vars(alone), scale=alone.scale)
-        assert rms_ratio(packed["o"][:, start:end], o) <= TOLERANCES["fp32", "op"]
-        assert rms_ratio(packed["final_state"][i : i + 1], state) <= TOLERANCES["fp32", "op"]
-
-
-@pytest.mark.parametrize("form", [recurrent, chunked])
-def test_splitting_a_document_and_passing_its_state_changes_nothing(form: Op) -> None:
-    whole = make_inputs([97])
-    o, state = form(**vars(whole), scale=whole.scale)
-    parts, carried = [], whole.initial_state
-    for start, end in [(0, 40), (40, 41), (41, 97)]:
-        cut = {name: x[:, start:end] for name, x in whole.tensors().items() if name != "initial_state"}
-        part, carried = form(**cut, initial_state=carried, scale=whole.scale, cu_seqlens=[0, end - start])
-        parts.append(part)
-    assert rms_ratio(torch.cat(parts, dim=1), o) <= TOLERANCES["fp32", "op"]
-    assert rms_ratio(carried, state) <= TOLERANCES["fp32", "op"]
-
-
-def test_one_token_by_hand() -> None:
-    inputs = make_inputs([1], n_heads=1, d_k=2, d_v=3)
-    k, v, state = inputs.k[0, 0, 0], inputs.v[0, 0, 0], inputs.initial_state[0, 0]
-    transition = torch.eye(2) - inputs.beta.squeeze() * torch.outer(k, k)
-    expected = transition @ state + inputs.beta.squeeze() * torch.outer(k, v)
-    o, final_state = recurrent(**vars(inputs), scale=0.5)
-    torch.testing.assert_close(final_state[0, 0], expected)
-    torch.testing.assert_close(o[0, 0, 0], 0.5 * expected.T @ inputs.q[0, 0, 0])
-
-
 @pytest.mark.parametrize("form", [recurrent, chunked])
 def test_writing_with_beta_1_is_read_back_exactly(form: Op) -> None:
-    inputs = make_inputs([65])
+    inputs = make_delta_rule_inputs([65])
     inputs = replace(inputs, q=inputs.k, beta=torch.ones_like(inputs.beta))
-    o, _ = form(**vars(inputs), scale=1.0)
+    o, _ = form(**{**inputs.arguments(), "scale": 1.0})
     assert rms_ratio(o, inputs.v) <= TOLERANCES["fp32", "op"]
 
 
-@pytest.mark.parametrize("form", [recurrent, chunked])
-def test_bf16_inputs_give_bf16_outputs_and_an_fp32_state(form: Op) -> None:
-    inputs = make_inputs([65, 1])
-    half = replace(inputs, q=inputs.q.bfloat16(), k=inputs.k.bfloat16(), v=inputs.v.bfloat16())
-    o, state = form(**vars(half), scale=half.scale)
-    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    # Computed in fp32 inside: the state is that of the rounded inputs in fp32.
-    rounded = replace(inputs, q=half.q.float(), k=half.k.float(), v=half.v.float())
-    assert rms_ratio(state, recurrent(**vars(rounded), scale=half.scale)[1]) <= TOLERANCES["fp32", "op"]
-
-
-@pytest.mark.parametrize("field", ["q", "k", "v", "beta", "initial_state"])
-def test_nan_in_an_input_reaches_the_comparison_and_fails(field: str) -> None:
-    inputs = make_inputs([5])
-    expected = results(recurrent, inputs)
-    inputs.tensors()[field][0, -1] = float("nan")
-    with pytest.raises(AssertionError, match="inf"):
-        assert_same(results(chunked, inputs), expected)
-
-
-# Forms written by others.
-
-
-def _fla_recurrent() -> Op:
-    naive = pytest.importorskip("fla.ops.delta_rule.naive", reason="flash-linear-attention comes with loopline[gpu]")
+def _fla(name: str) -> Op:
+    form = fla_form(f"fla.ops.delta_rule.naive.{name}")
 
     # Head-first, unlike everything else here.
-    def form(initial_state: Tensor | None, **arguments: Tensor) -> tuple[Tensor, Tensor]:
-        heads_first = {name: x.transpose(1, 2) for name, x in arguments.items()}
-        o, state = naive.delta_rule_recurrence(**heads_first, initial_state=initial_state, output_final_state=True)
+    def op(initial_state: Tensor | None, **arguments: Tensor) -> tuple[Tensor, Tensor]:
+        heads_first = {key: x.transpose(1, 2) for key, x in arguments.items()}
+        if name == "delta_rule_chunkwise":  # it takes no state, and whole chunks only
+            assert initial_state is None
+            n_tokens = arguments["q"].shape[1]
+            o, state = form(**heads_first, chunk_size=next(n for n in range(16, 0, -1) if n_tokens % n == 0))
+        else:
+            o, state = form(**heads_first, initial_state=initial_state, output_final_state=True)
         return o.transpose(1, 2), state
 
-    return per_document(form)
+    return per_document(op)
 
 
-def _fla_chunk() -> Op:
-    naive = pytest.importorskip("fla.ops.delta_rule.naive", reason="flash-linear-attention comes with loopline[gpu]")
-
-    def form(initial_state: None, **arguments: Tensor) -> tuple[Tensor, Tensor]:
-        assert initial_state is None
-        heads_first = {name: x.transpose(1, 2) for name, x in arguments.items()}
-        n_tokens = arguments["q"].shape[1]
-        size = next(size for size in range(16, 0, -1) if n_tokens % size == 0)  # it takes whole chunks only
-        o, state = naive.delta_rule_chunkwise(**heads_first, chunk_size=size)
-        return o.transpose(1, 2), state
-
-    return per_document(form)
-
-
-def _transformers_oracle(name: str) -> Op:
-    from transformers.models.qwen3_next import modeling_qwen3_next
-
-    # transformers puts fla's Triton kernel in the function's place where fla is installed; the torch form is inside.
-    form = inspect.unwrap(getattr(modeling_qwen3_next, name))
+def _transformers(name: str) -> Op:
     # It has the gated rule only, which without decay is this one.
-    return per_document(
-        lambda q, k, v, beta, initial_state: form(
-            query=q,
-            key=k,
-            value=v,
-            g=torch.zeros_like(beta),
-            beta=beta,
-            initial_state=initial_state,
-            output_final_state=True,
-        )
-    )
+    gated = transformers_delta_rule("qwen3_next", name)
+    return lambda *qkv, beta, **rest: gated(*qkv, g=torch.zeros_like(beta), beta=beta, **rest)
 
 
 ORACLES = {
-    "fla-recurrent": _fla_recurrent,
-    "fla-chunk": _fla_chunk,
-    "transformers-recurrent": lambda: _transformers_oracle("torch_recurrent_gated_delta_rule"),
-    "transformers-chunk": lambda: _transformers_oracle("torch_chunk_gated_delta_rule"),
+    "fla-recurrent": lambda: _fla("delta_rule_recurrence"),
+    "fla-chunk": lambda: _fla("delta_rule_chunkwise"),
+    "transformers-recurrent": lambda: _transformers("torch_recurrent_gated_delta_rule"),
+    "transformers-chunk": lambda: _transformers("torch_chunk_gated_delta_rule"),
 }
 
 
@@ -206,92 +70,16 @@ ORACLES = {
     ("oracle", "has_state"),
     [(name, has) for name in ORACLES for has in (False, True) if (name, has) != ("fla-chunk", True)],
 )
-@pytest.mark.parametrize("lengths", [[1], [2], [65], [63, 1, 64]], ids=str)
-def test_both_forms_equal_those_of_other_libraries(oracle: str, lengths: list[int], has_state: bool) -> None:
-    inputs = make_inputs(lengths, beta_max=2.0, has_state=has_state)
-    expected = results(ORACLES[oracle](), inputs)
-    assert_same(results(recurrent, inputs), expected)
-    assert_same(results(chunked, inputs), expected)
-
-
-# The public op.
-
-
-def test_public_op_is_the_chunked_reference() -> None:
-    inputs = make_inputs([65, 1])
-    expected = results(chunked, inputs)
-    for name, value in results(delta_rule, inputs, backend="reference").items():
-        assert torch.equal(value, expected[name]), name
-
-
-def test_fla_gets_keywords_it_knows_and_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    fla = pytest.importorskip("fla.ops.delta_rule", reason="flash-linear-attention comes with loopline[gpu]")
-    # fla swallows keywords it does not know, so a wrong name would change the result without an error.
-    known = set(inspect.signature(fla.chunk_delta_rule).parameters)
-
-    def stand_in(**arguments: object) -> tuple[Tensor, Tensor]:
-        assert arguments.keys() <= known
-        assert arguments.pop("output_final_state") is True
-        boundaries = arguments.pop("cu_seqlens")
-        assert (boundaries.dtype, boundaries.tolist()) == (torch.int32, [0, 65, 66])
-        return recurrent(**arguments, cu_seqlens=boundaries.tolist())
-
-    monkeypatch.setattr(fla, "chunk_delta_rule", stand_in)
-    inputs = make_inputs([65, 1])
-    half = replace(inputs, q=inputs.q.bfloat16(), k=inputs.k.bfloat16(), v=inputs.v.bfloat16())
-    found, expected = results(delta_rule, half, backend="fla"), results(recurrent, half)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def _call(inputs: Inputs, **changes: object) -> None:
-    delta_rule(**{**vars(inputs), "scale": 1.0, **changes})
+@over_documents
+def test_both_forms_equal_those_of_other_libraries(oracle: str, lengths: tuple[int, ...], has_state: bool) -> None:
+    assert_both_forms_equal(ORACLES[oracle](), DELTA_RULE, lengths, beta_max=2.0, has_state=has_state)
 
 
 @pytest.mark.parametrize("wide", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fla_in_a_dtype_without_a_kernel_is_refused_with_what_to_do(wide: str, dtype: torch.dtype) -> None:
-    inputs = make_inputs([5])
-    half = {name: getattr(inputs, name).bfloat16() for name in ("q", "k", "v")}
+    half = make_delta_rule_inputs([5]).rounded(torch.bfloat16)
+    mixed = replace(half, **{wide: getattr(half, wide).to(dtype)})
     named = rf"got {wide} in {dtype} .*train\.dtype=bf16 or take backend 'reference'"
     with pytest.raises(ValueError, match=named):
-        _call(inputs, **half | {wide: half[wide].to(dtype)}, backend="fla")
-
-
-@pytest.mark.parametrize(
-    ("field", "shape", "named"),
-    [
-        ("k", (1, 5, 2, 11), ["(1, 5, 2, 12)", "(1, 5, 2, 11)"]),
-        ("k", (1, 4, 2, 12), ["(1, 5, 2, 12)", "(1, 4, 2, 12)"]),
-        ("v", (1, 4, 2, 20), ["(1, 5, 2, 12)", "(1, 4, 2, 20)"]),
-        ("v", (1, 5, 3, 20), ["(1, 5, 2, 12)", "(1, 5, 3, 20)"]),
-        ("beta", (1, 5), ["(1, 5)", "(1, 5, 2)"]),
-        ("beta", (1, 5, 2, 1), ["(1, 5, 2, 1)", "(1, 5, 2)"]),
-        ("initial_state", (2, 2, 12, 20), ["(2, 2, 12, 20)", "(1, 2, 12, 20)"]),
-        ("initial_state", (1, 1, 12, 20), ["(1, 1, 12, 20)", "(1, 2, 12, 20)"]),
-        ("initial_state", (1, 2, 20, 12), ["(1, 2, 20, 12)", "(1, 2, 12, 20)"]),
-    ],
-)
-def test_shapes_that_disagree_are_refused_with_both(field: str, shape: tuple[int, ...], named: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
-        _call(make_inputs([5]), **{field: torch.zeros(shape)})
-    assert all(text in str(error.value) for text in named), error.value
-
-
-def test_a_batch_is_refused_with_its_size() -> None:
-    inputs = make_inputs([5])
-    batch = {name: torch.cat([x, x]) for name, x in inputs.tensors().items()}
-    with pytest.raises(ValueError, match=r"batch is 2.*cu_seqlens"):
-        _call(inputs, **batch)
-
-
-@pytest.mark.parametrize("cu_seqlens", [[0, 4], [0, 6], [1, 5], [0, 3, 3, 5], [0, 4, 2, 5], [0], []], ids=str)
-def test_bad_boundaries_are_refused_with_the_token_count(cu_seqlens: list[int]) -> None:
-    inputs = make_inputs([5], has_state=False)
-    with pytest.raises(ValueError, match=r"cu_seqlens .*must rise from 0 to T = 5") as error:
-        _call(inputs, cu_seqlens=cu_seqlens)
-    assert str(cu_seqlens[:4]) in str(error.value)
-
-
-def test_unknown_backend_is_refused_and_the_known_named() -> None:
-    with pytest.raises(BackendError, match=r"'fast' is unknown; known: fla, reference"):
-        _call(make_inputs([5]), backend="fast")
+        delta_rule(**mixed.arguments(), backend="fla")

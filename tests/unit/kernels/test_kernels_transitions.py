@@ -6,7 +6,7 @@ from the identity in full rank whatever R is, so it is compared with the product
 
 import pytest
 import torch
-from gated_delta_cases import Op
+from recurrence_cases import Op
 from torch import Tensor
 from torch.nn import functional as F
 
