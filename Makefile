@@ -37,6 +37,7 @@ types: install
 
 bench: install
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/data.py
 
 clean:
 	rm -rf .types build dist

@@ -1,5 +1,6 @@
 """Workers change nothing but time, and end when their parent does, however it ends."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from loopline.data_pipeline.digest import batch_digest, stream_digest
+from loopline.data_pipeline.digest import batch_digest, combine, stream_digest
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import record_order
 from loopline.data_pipeline.mixture import Mixture, Source
@@ -189,6 +190,29 @@ def test_a_stream_that_is_dropped_ends_its_workers(small):
     pids = stream._group.pids
     del stream
     assert wait_until_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_thousand_batches_hash_alike_on_any_ranks_and_workers_and_across_a_stop(small, open_stream):
+    """Several epochs of the corpus, packed best-fit; stopped after 431 and resumed on half the ranks."""
+    common = {"packing": "best_fit", "seq_len": 64}
+
+    def open_ranks(dp, workers, states=None):
+        return [open_stream(small, **common, dp_rank=d, dp_size=dp, workers=workers, states=states) for d in range(dp)]
+
+    judge = stream_digest(open_ranks(1, 0), 1000)
+    for dp, workers in itertools.product((1, 2, 4), (0, 1, 3)):
+        ranks = open_ranks(dp, workers)
+        assert stream_digest(ranks, 1000) == judge, (dp, workers)
+        for rank in ranks:
+            rank.close()
+    ranks = open_ranks(4, 1)
+    first = [batch_digest([next(rank) for rank in ranks]) for _ in range(431)]
+    states = {lane: state for rank in ranks for lane, state in rank.state_dict().items()}
+    ranks = open_ranks(2, 0, states)
+    second = [batch_digest([next(rank) for rank in ranks]) for _ in range(569)]
+    assert combine([*first, *second]) == judge
+    assert max(rank.epoch for rank in ranks) > 1
 
 
 def test_the_digest_command_prints_one_hash_for_every_layout(small, capsys):
