@@ -68,7 +68,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def report(error: Exception) -> int:
     """Print a user's mistake once a job where all ranks make it, on the rank that meets it where only one does."""
-    log.error("%s: %s", type(error).__name__, error)
+    if logging.getLogger().handlers:  # before a run folder is open there are none, and logging would print it itself
+        log.error("%s: %s", type(error).__name__, error)
     is_in_job = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
     if int(os.environ.get("RANK", 0)) == 0 or is_in_job:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -89,9 +89,10 @@ def test_a_bad_setting_is_refused_before_anything_is_written(overrides, world_si
     assert not run_dir.exists()
 
 
-def test_several_problems_are_named_at_once(data):
+def test_several_problems_are_named_at_once_and_once(data):
     done = loopline("train", "debug", "--set", "parallel.tp=3", "--set", "data.lanes=3", WORLD_SIZE="3")
     assert_refused(done, "model.d_ffn = 176", "data.lanes = 3")
+    assert done.stderr.count("model.d_ffn = 176") == 1
 
 
 @pytest.mark.parametrize("recipe", ["debgu", "missing.toml"])
