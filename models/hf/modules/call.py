@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from loopline.kernels.backends import check_backend
@@ -123,7 +124,8 @@ class LinearMixer(nn.Module):
         return o[0].unflatten(0, (n_rows, n_tokens))
 
 
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / ||x|| over the last dim, in fp32, safe at zero; result in x.dtype."""
-    x32 = wide(x)
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, low: float, high: float) -> None:
+    """Rates in (low, high) and steps log-uniform over [1e-3, 0.1]: Gu & Dao, arXiv:2312.00752."""
+    init.copy_(A_log, torch.empty_like(A_log).uniform_(low, high).log())
+    dt = torch.empty_like(dt_bias).uniform_(-6.9, -2.3).exp()
+    init.copy_(dt_bias, dt + torch.log(-torch.expm1(-dt)))

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from loopline.kernels.gated_delta.op import BACKENDS, gated_delta
 from loopline.kernels.precision import wide
 from loopline.models.hf.configuration_loopline import LooplineConfig
-from loopline.models.hf.modules.call import Call, LinearMixer, LooplineRMSNorm, l2_normalize, settings_of
+from loopline.models.hf.modules.call import Call, init_decay, settings_of
+from loopline.models.hf.modules.delta import DeltaMixer
 
 
-class LooplineGatedDeltaNet(LinearMixer):
+class LooplineGatedDeltaNet(DeltaMixer):
     """A decaying delta-rule state per head: g = -exp(A_log) softplus(W_a x + dt_bias), beta = sigmoid(W_b x); q, k, v
     are silu(conv(W x)), q and k of unit length; the output is RMSNorm(o) * silu(W_g x), projected back.
 
@@ -24,54 +24,24 @@ class LooplineGatedDeltaNet(LinearMixer):
     backends = BACKENDS
 
     def __init__(self, config: LooplineConfig) -> None:
-        super().__init__()
-        d, settings = config.hidden_size, settings_of(config, self.name)
-        n_heads, width = settings.n_heads, settings.conv_size
-        self.d_head_k, self.d_head_v = settings.d_head_k, settings.d_head_v
-        self.beta_max = 2.0 if settings.allow_negative_eigenvalues else 1.0
-        self.backend = settings.backend
-        d_keys, d_values = n_heads * self.d_head_k, n_heads * self.d_head_v
-        self.q_proj = nn.Linear(d, d_keys, bias=False)
-        self.k_proj = nn.Linear(d, d_keys, bias=False)
-        self.v_proj = nn.Linear(d, d_values, bias=False)
-        self.a_proj = nn.Linear(d, n_heads, bias=False)
-        self.b_proj = nn.Linear(d, n_heads, bias=False)
-        self.g_proj = nn.Linear(d, d_values, bias=False)
-        self.q_conv = nn.Parameter(torch.empty(d_keys, width))
-        self.k_conv = nn.Parameter(torch.empty(d_keys, width))
-        self.v_conv = nn.Parameter(torch.empty(d_values, width))
+        settings = settings_of(config, self.name)
+        super().__init__(config.hidden_size, config.rms_norm_eps, settings)
+        self.a_proj = nn.Linear(config.hidden_size, settings.n_heads, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, settings.n_heads * self.d_head_v, bias=False)
         # fp32 whatever the model's dtype (see _keep_in_fp32_modules_strict): in bf16 a small decay rounds to none.
-        self.A_log = nn.Parameter(torch.empty(n_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads, dtype=torch.float32))
-        self.o_norm = LooplineRMSNorm(self.d_head_v, config.rms_norm_eps)
-        self.o_proj = nn.Linear(d_values, d, bias=False)
+        self.A_log = nn.Parameter(torch.empty(settings.n_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(settings.n_heads, dtype=torch.float32))
 
     def init_parameters(self) -> None:
-        """Convolutions at random; decays as Gu & Dao, arXiv:2312.00752."""
-        for conv in (self.q_conv, self.k_conv, self.v_conv):
-            init.normal_(conv, mean=0.0, std=conv.shape[1] ** -0.5)
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-4, 16.0).log())
-        dt = torch.empty_like(self.dt_bias).uniform_(-6.9, -2.3).exp()  # log-uniform over [1e-3, 0.1]
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        """Convolutions and decays."""
+        super().init_parameters()
+        init_decay(self.A_log, self.dt_bias, 1e-4, 16.0)
 
     def forward(self, x: Tensor, slot: int, call: Call, cache: Cache | None) -> tuple[Tensor, None]:
         """[B, T, C] -> [B, T, C]."""
         x = self.without_padding(x, call)
-        d_keys, d_values = self.q_conv.shape[0], self.v_conv.shape[0]
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        qkv = self.convolve(qkv, torch.cat([self.q_conv, self.k_conv, self.v_conv]), slot, cache)
-        q, k, v = qkv.split([d_keys, d_keys, d_values], dim=-1)
-        o = self.recur(
-            gated_delta,
-            slot,
-            call,
-            cache,
-            q=l2_normalize(q.unflatten(-1, (-1, self.d_head_k))),  # [B, T, H, K]
-            k=l2_normalize(k.unflatten(-1, (-1, self.d_head_k))),
-            v=v.unflatten(-1, (-1, self.d_head_v)),  # [B, T, H, V]
-            g=-wide(self.A_log).exp() * F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias)),  # [B, T, H]
-            beta=wide(self.b_proj(x)).sigmoid() * self.beta_max,
-            scale=self.d_head_k**-0.5,
-        )
+        g = -wide(self.A_log).exp() * F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))  # [B, T, H]
+        inputs = self.project(x, slot, cache)
+        o = self.recur(gated_delta, slot, call, cache, g=g, scale=self.d_head_k**-0.5, **inputs)
         gate = self.g_proj(x).unflatten(-1, (-1, self.d_head_v))
         return self.o_proj((self.o_norm(o) * F.silu(gate)).flatten(2)), None

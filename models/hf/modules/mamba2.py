@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from loopline.kernels.precision import wide
 from loopline.kernels.simple_gla.op import BACKENDS, simple_gla
 from loopline.models.hf.configuration_loopline import LooplineConfig
-from loopline.models.hf.modules.call import Call, LinearMixer, LooplineRMSNorm, settings_of
+from loopline.models.hf.modules.call import Call, LinearMixer, LooplineRMSNorm, init_decay, settings_of
 
 
 class LooplineMamba2(LinearMixer):
@@ -50,14 +50,12 @@ class LooplineMamba2(LinearMixer):
         self.o_proj = nn.Linear(d_inner, d, bias=False)
 
     def init_parameters(self) -> None:
-        """Convolutions at random; decays as Gu & Dao, arXiv:2312.00752."""
+        """Convolutions and decays."""
         for conv in (self.x_conv, self.b_conv, self.c_conv):
             init.normal_(conv, mean=0.0, std=conv.shape[1] ** -0.5)
         for bias in (self.x_conv_bias, self.b_conv_bias, self.c_conv_bias):
             init.zeros_(bias)
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1.0, 16.0).log())
-        dt = torch.empty_like(self.dt_bias).uniform_(-6.9, -2.3).exp()  # log-uniform over [1e-3, 0.1]
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        init_decay(self.A_log, self.dt_bias, 1.0, 16.0)
         init.ones_(self.D)
 
     def forward(self, x: Tensor, slot: int, call: Call, cache: Cache | None) -> tuple[Tensor, None]:

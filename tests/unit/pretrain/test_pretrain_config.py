@@ -468,3 +468,20 @@ def test_plan_describes_every_stage_and_the_bubble() -> None:
     assert "stage 0: embedding, blocks 0:gdn; chunks: loops 0..2" in text
     assert "stage 1: blocks 1:full, loop update, final norm, head; chunks: loops 0..2" in text
     assert "pipeline bubble: 7.7% (3 loops as virtual stages)" in text  # 1 / (3 * 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "named"),
+    [
+        ("debug", [], ["train.trainable = 'indexer'", "model.pattern = 'gdn,full'", "no dsa mixer"]),
+        ("debug_dsa", ["parallel.pp=2"], ["train.trainable = 'indexer'", "parallel.pp = 2"]),
+    ],
+)
+def test_warming_up_an_indexer_is_refused_where_nothing_would_train(
+    recipe: str, overrides: list[str], named: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, ["train.trainable=indexer", *overrides]).validate_for(2)
+    (problem,) = problems_of(error)
+    assert all(text in problem for text in named)
+    load_config("debug_dsa", ["train.trainable=indexer", "parallel.zero_stage=3"]).validate_for(2)
