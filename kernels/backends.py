@@ -98,12 +98,6 @@ def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:
         raise ValueError(f"initial_state {tuple(state.shape)} must be [N, H, K, V] = {want}")
 
 
-@functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop
-def boundaries_on(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """cu_seqlens as the int32 tensor GPU kernels want."""
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-
-
 @functools.cache
 def _is_installed(package: str | None) -> bool:
     return package is None or importlib.util.find_spec(package) is not None

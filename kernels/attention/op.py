@@ -8,7 +8,8 @@ from torch import Tensor, cat
 from torch.nn import functional as F
 
 from loopline.kernels.attention import reference
-from loopline.kernels.backends import boundaries_on, check_boundaries, check_heads, unknown
+from loopline.kernels.backends import check_boundaries, check_heads, unknown
+from loopline.kernels.tables import boundaries_on
 
 BACKENDS = ("sdpa", "fla", "reference")  # preferred first
 

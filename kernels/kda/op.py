@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import boundaries_on, check_boundaries, check_state, unknown
+from loopline.kernels.backends import check_boundaries, check_state, unknown
 from loopline.kernels.kda.reference import chunked
+from loopline.kernels.tables import boundaries_on
 
 BACKENDS = ("fla", "reference")  # preferred first
 

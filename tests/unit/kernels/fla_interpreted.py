@@ -4,10 +4,7 @@ Run as `python -m tests.unit.kernels.fla_interpreted` from the root with TRITON_
 A case is one function; nothing of fla is imported before it runs.
 """
 
-import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,63 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.tolerances import rms_ratio
+from tests.unit.kernels.interpreted import Case, Figures, figures, report
 
 CU_SEQLENS = [0, 68, 69, 97]  # more than a chunk of 64, one token, part of a chunk
 N_TOKENS = CU_SEQLENS[-1]
 N_HEADS, D_KEY, D_VALUE = 2, 16, 32
-
-
-@dataclass
-class Case:
-    """One op in one shape.
-
-    Attributes:
-        inputs: differentiable arguments by name, fp32.
-        rounded: names of those that a model gives in its compute dtype; the others stay fp32.
-        fla, reference: the same signature; each returns one tensor or (o, final_state).
-        shared: names of inputs [H] that serve every token; the reference takes them as [1, T, H].
-        constants: arguments without gradient.
-        options: the rest of the call.
-    """
-
-    inputs: dict[str, Tensor]
-    rounded: tuple[str, ...]
-    fla: Callable[..., Any]
-    reference: Callable[..., Any]
-    shared: tuple[str, ...] = ()
-    constants: dict[str, Tensor] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def figures(case: Case, dtype: torch.dtype) -> dict[str, float]:
-    """RMS error ratio of every output and gradient. The reference gets the same rounded values, in fp64."""
-    inputs = {name: x.to(dtype) if name in case.rounded else x for name, x in case.inputs.items()}
-    found = _results(case.fla, inputs, case)
-    exact = {name: x.double() for name, x in inputs.items()}
-    exact |= {name: exact[name].expand(1, N_TOKENS, -1) for name in case.shared}
-    expected = _results(case.reference, exact, case)
-    scales = dict(expected)
-    for name in (f"d{name}" for name in case.shared):
-        # A sum over tokens that nearly cancel is as exact as its terms are, however small it is.
-        scales[name] = expected[name].abs().sum(1)
-        expected[name] = expected[name].sum(1)[0]
-    assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in expected.items()}
-    return {name: rms_ratio(found[name], expected[name], scales[name]) for name in expected}
-
-
-def _results(op: Callable[..., Any], inputs: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Outputs, and the gradient of a fixed random projection of them with respect to every input."""
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    outputs = op(**leaves, **case.constants, **case.options)
-    outputs = dict(zip(("o", "final_state"), outputs if isinstance(outputs, tuple) else (outputs,)))
-    generator = torch.Generator().manual_seed(7)
-    loss = torch.zeros((), dtype=torch.float64)
-    for o in outputs.values():
-        # Weights exact in bf16: the gradient handed to a bf16 output is not rounded.
-        loss = loss + (o.double() * torch.randn(o.shape, generator=generator).bfloat16().double()).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {**outputs, **{f"d{name}": gradient for name, gradient in zip(leaves, gradients)}}
 
 
 def _normal(*shape: int) -> Tensor:
@@ -113,8 +58,8 @@ def gated_delta_in_training() -> Case:
     """No state in, and none taken out: fla's backward gets no gradient for it."""
     case = gated_delta()
     del case.inputs["initial_state"]
-    fla, reference = case.fla, case.reference
-    case.fla = lambda **arguments: fla(**arguments)[0]
+    op, reference = case.op, case.reference
+    case.op = lambda **arguments: op(**arguments)[0]
     case.reference = lambda **arguments: reference(**arguments)[0]
     return case
 
@@ -169,7 +114,7 @@ def attention(window: int | None = None) -> Case:
     return Case(
         inputs={name: _normal(1, N_TOKENS, n_heads, 32) for name, n_heads in heads.items()},
         rounded=("q", "k", "v"),
-        fla=of_row(partial(op.packed_attention, backend="fla")),
+        op=of_row(partial(op.packed_attention, backend="fla")),
         reference=of_row(reference.dense_attention),
     )
 
@@ -231,18 +176,10 @@ LEFT_OUT = {
 CASES = [(name, dtype) for name in MAKERS for dtype in ("fp32", "bf16") if (name, dtype) not in LEFT_OUT]
 
 
-def main() -> None:
-    from tests import triton_interpreter
-
-    triton_interpreter.prepare()
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for name, dtype in CASES:
-        start = time.perf_counter()
-        torch.manual_seed(97)
-        found = figures(MAKERS[name][0](), dtypes[dtype])
-        took_s = round(time.perf_counter() - start, 1)
-        print(json.dumps({"case": name, "dtype": dtype, "figures": found, "took_s": took_s}), flush=True)
+def run(name: str, dtype: torch.dtype) -> Figures:
+    """A case by name, made anew."""
+    return figures(MAKERS[name][0](), dtype)
 
 
 if __name__ == "__main__":
-    main()
+    report({(name, dtype): partial(run, name) for name, dtype in CASES})

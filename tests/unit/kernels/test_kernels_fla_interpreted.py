@@ -1,42 +1,26 @@
 """fla's Triton kernels, called as our ops call them, agree with our references on a CPU, gradients included."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fla_interpreted import CASES, MAKERS
+from interpreted import Figures, Key, process
 
 from tests.tolerances import TOLERANCES
 
-ROOT = Path(__file__).resolve().parents[3]
 KINDS = {"fp32": "op", "bf16": "interpreted_kernel"}
 
 
 @pytest.fixture(scope="module")
-def process() -> subprocess.CompletedProcess[str]:
-    """One process computes every case: fla may be imported here already, and then it cannot be interpreted any more."""
-    # A developer's settings, or a GPU, would choose other kernels.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLA_", "TRITON_"))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.unit.kernels.fla_interpreted"],
-        cwd=ROOT,
-        env={**kept, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def reported() -> tuple[dict[Key, Figures], str]:
+    """One process computes every case."""
+    return process("fla_interpreted")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), CASES)
-def test_fla_agrees_with_our_reference(case: str, dtype: str, process: subprocess.CompletedProcess[str]) -> None:
-    records = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"case"')]
-    found = {(record["case"], record["dtype"]): record["figures"] for record in records}
-    assert (case, dtype) in found, f"exit status {process.returncode}\n{process.stderr[-3000:]}"
+def test_fla_agrees_with_our_reference(case: str, dtype: str, reported: tuple[dict[Key, Figures], str]) -> None:
+    found, ending = reported
+    assert (case, dtype) in found, ending
     figures = found[case, dtype]
     assert figures.keys() == MAKERS[case][1]
     assert all(ratio <= TOLERANCES[dtype, KINDS[dtype]] for ratio in figures.values()), figures
