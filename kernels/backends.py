@@ -1,19 +1,38 @@
-"""What every op shares: which backends can run here, and the checks of a packed row."""
+"""What every op shares: which backends can run here, which "auto" takes, and the checks of a packed row."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
+import logging
+import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loopline.kernels.defaults import preferred
 from loopline.kernels.errors import BackendError
 
-# Backend -> device types it runs on, and the package it needs. An op lists the backends it has, preferred first.
-_NEEDS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "fla": (("cuda",), "fla"),
-    "sdpa": (("cpu", "cuda"), None),
-    "reference": (("cpu", "cuda"), None),
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a backend runs on: device types, packages, and how to get the packages."""
+
+    devices: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    install: str = ""
+
+
+_NEEDS: dict[str, _Needs] = {
+    "fla": _Needs(("cuda",), ("fla",), "pip install 'loopline[gpu]'"),
+    # Exports carry the references but not our Triton kernels: there they come with the package.
+    "triton": _Needs(("cuda",), ("triton", "loopline"), "pip install 'loopline[gpu]'"),
+    "sdpa": _Needs(("cpu", "cuda")),
+    "flex": _Needs(("cuda",)),  # torch has no backward for it on a CPU
+    "reference": _Needs(("cpu", "cuda")),
 }
 # (op, backend) -> the only dtypes it has kernels for.
 _ONLY_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
@@ -23,9 +42,15 @@ _ONLY_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
 
 def available_backends(backends: tuple[str, ...], device_type: str) -> list[str]:
     """Those of `backends` that can run on `device_type` ("cpu" or "cuda") here, in the order given."""
-    return [name for name in backends if device_type in _NEEDS[name][0] and _is_installed(_NEEDS[name][1])]
+    return [
+        name
+        for name in backends
+        if (device_type in _NEEDS[name].devices or (name == "triton" and _is_interpreted()))
+        and all(_is_installed(package) for package in _NEEDS[name].packages)
+    ]
 
 
+@torch.compiler.assume_constant_result  # a graph holds the choice, not how it was made
 def check_backend(
     op: str, backends: tuple[str, ...], backend: str, device_type: str, dtype: torch.dtype | None = None
 ) -> str:
@@ -34,7 +59,7 @@ def check_backend(
     Args:
         op: its name.
         backends: what the op has, preferred first.
-        backend: one of them, or "auto".
+        backend: one of them, or "auto": the first that is available, in the order of `kernels.defaults`.
         dtype: of q, k and v; a backend without kernels for it is not available. None: not looked at.
     Raises:
         BackendError: `backend` is not one of those available on `device_type` in `dtype`.
@@ -45,15 +70,64 @@ def check_backend(
         if dtype is None or dtype in _ONLY_DTYPES.get((op, name), (dtype,))
     ]
     if backend == "auto":
-        return available[0]
+        gpu = _gpu() if device_type == "cuda" else None
+        refusals = {name: why for name in available if (why := _refused_unasked(op, name, device_type))}
+        order = preferred(op, backends, gpu)
+        chosen = next(name for name in order if name in available and name not in refusals)
+        for name, why in refusals.items():
+            if name in order[: order.index(chosen)]:
+                _warn(f"{op}: {chosen}, not {name}: {why}")
+        return chosen
     if backend not in available:
+        install = _NEEDS[backend].install if backend in backends else ""
         raise BackendError(
             f"{op} backend {backend!r} is not available on {device_type}"
             + (f" in {dtype}" if dtype is not None and (op, backend) in _ONLY_DTYPES else "")
             + f"; available: {', '.join(available)}"
-            + (" (fla: pip install 'loopline[gpu]')" if backend == "fla" else "")
+            + (f" ({backend}: {install})" if install else "")
         )
     return backend
+
+
+def _refused_unasked(op: str, backend: str, device_type: str) -> str | None:
+    """Why "auto" does not take an available backend; None where it may."""
+    # fla issue 640: wrong gradients from Triton's compiler, which fla 0.6.0 answers with a RuntimeError in backward.
+    if backend != "fla" or op not in ("gated_delta", "simple_gla") or device_type != "cuda":
+        return None
+    if not torch.is_grad_enabled() or not _is_hopper() or not (3, 4, 0) <= _triton_version() < (3, 7, 1):
+        return None
+    return (
+        "on this GPU fla 0.6.0 refuses its backward with Triton 3.4.0 to 3.7.0 (fla issue 640). Install Triton 3.7.1 "
+        "or newer, or set the backend to 'triton' after `python -m loopline.kernels.bench` has checked it here"
+    )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once a process, however many blocks and loops ask."""
+    log.warning(message)
+
+
+@functools.cache
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    numbers = importlib.metadata.version("triton").split("+")[0].split(".")
+    return tuple(int(number) for number in numbers[:3] if number.isdigit())
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU in this process, as tests have it."""
+    triton = sys.modules.get("triton")
+    return triton is not None and triton.knobs.runtime.interpret
 
 
 def unknown(op: str, backend: str, backends: tuple[str, ...]) -> BackendError:
@@ -99,5 +173,5 @@ def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:
 
 
 @functools.cache
-def _is_installed(package: str | None) -> bool:
-    return package is None or importlib.util.find_spec(package) is not None
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from loopline.kernels import backends
+from loopline.kernels import backends, defaults
 from loopline.kernels.backends import available_backends, check_backend
 from loopline.kernels.errors import BackendError
 
@@ -44,3 +44,38 @@ def test_a_backend_without_kernels_for_the_dtype_is_passed_over_and_refused(monk
     assert check_backend("gated_delta", BOTH, "auto", "cuda", torch.float32) == "fla"
     with pytest.raises(BackendError, match=r"'fla' is not available on cuda in torch.float32; available: reference"):
         check_backend("delta_rule", BOTH, "fla", "cuda", torch.float32)
+
+
+def test_kernels_not_measured_on_a_gpu_are_taken_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    every = ("triton", "flex", "fla", "reference")
+    assert check_backend("gated_delta", every, "auto", "cuda") == "fla"
+    assert check_backend("gated_delta", every, "triton", "cuda") == "triton"
+    with pytest.raises(BackendError, match="'triton' is not available on cpu; available: reference"):
+        check_backend("gated_delta", every, "triton", "cpu")
+
+
+def test_a_measured_gpu_has_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    monkeypatch.setattr(backends, "_gpu", lambda: "A GPU")
+    monkeypatch.setattr(defaults, "MEASURED", {"A GPU": {"gated_delta": ("triton", "fla", "reference")}})
+    every = ("fla", "triton", "reference")
+    assert check_backend("gated_delta", every, "auto", "cuda") == "triton"
+    assert check_backend("kda", every, "auto", "cuda") == "fla"  # an op without a row
+    assert check_backend("gated_delta", every, "auto", "cpu") == "reference"
+
+
+@pytest.mark.parametrize(("triton", "chosen"), [((3, 6, 0), "reference"), ((3, 7, 1), "fla")])
+def test_auto_passes_over_a_backend_whose_backward_would_fail(
+    triton: tuple[int, ...], chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    monkeypatch.setattr(backends, "_is_hopper", lambda: True)
+    monkeypatch.setattr(backends, "_triton_version", lambda: triton)
+    backends._warn.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert {check_backend("gated_delta", BOTH, "auto", "cuda") for _ in range(3)} == {chosen}
+    assert caplog.text.count("fla issue 640") == (chosen == "reference")  # once a process
+    with torch.no_grad():
+        assert check_backend("gated_delta", BOTH, "auto", "cuda") == "fla"  # its forward is right
+    assert check_backend("gated_delta", BOTH, "fla", "cuda") == "fla"  # asked for
