@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test style types bench clean
+.PHONY: install quickstart test style types bench kernels-lint clean
 
 install: $(VENV)/.installed
 
@@ -21,8 +21,10 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 quickstart: install
 	$(BIN)/python -m loopline.launchers.quickstart
 
+# A file's tests share fixtures, so they stay in one process. TEST_WORKERS=0 runs everything in this one.
+TEST_WORKERS ?= 2
 test: install style types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile
 
 style: install
 	$(BIN)/ruff check .
@@ -38,6 +40,18 @@ types: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python -m loopline.kernels.bench
+
+# The installed Triton is checked by `make test`. 3.6.0 is what torch 2.10 and 2.11 pin, 3.7.1 torch 2.12.1 and 2.13.
+LINT_TRITONS ?= 3.6.0 3.7.1 3.9.0
+kernels-lint:
+	set -e; for version in $(LINT_TRITONS); do \
+		test -d .lint/$$version || { $(PYTHON) -m venv .lint/$$version; \
+			.lint/$$version/bin/python -m pip install --quiet $(TORCH) numpy; \
+			.lint/$$version/bin/python -m pip install --quiet triton==$$version; \
+			.lint/$$version/bin/python -m pip install --quiet --no-deps --editable .; }; \
+		.lint/$$version/bin/python -m loopline.kernels.lint; \
+	done
 
 clean:
-	rm -rf .types build dist
+	rm -rf .types .lint build dist

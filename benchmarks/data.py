@@ -1,28 +1,36 @@
-"""Tokens/s of building and streaming a corpus against other readers of the same tokens, in one process, in turn.
+"""Tokens/s of building and streaming a corpus against other readers of the same tokens; and what packing wastes.
 
-    python benchmarks/data.py [--copies 4] [--seq-len 2048] [--seconds 5]
+    python benchmarks/data.py [--copies 4] [--seq-len 2048] [--seconds 1] [--rounds 9] [--mosaic-python PATH]
 
-The corpus is the standard library, copied so many times. Readers: ours (concatenation and best-fit packing, labels,
-positions and boundaries included), raw webdataset over the same shards (records decoded, nothing packed), Megatron's
-IndexedDataset over the same documents (shuffled, laid end to end, no labels or boundaries), and MosaicML Streaming if
-installed. Also the time to the first batch when a run resumes after 100,000 steps. Prints one JSON object.
+The corpus is the standard library, copied so many times. Readers: ours (concatenation and best-fit packing, labels and
+boundaries included; once more with positions, as micro-batches have them), raw webdataset over the same shards (records
+decoded, nothing packed), Megatron's IndexedDataset over the same documents (shuffled, laid end to end, no labels or
+boundaries), and MosaicML Streaming over the same records (decoded, nothing packed) where the interpreter at PATH has
+it: it asks for other versions than we pin. Readers take turns, a second each, so that other load on the machine meets
+all of them; speeds are by the clock, and by CPU time, which is per core. Also the memory of a stream, the time to the
+first batch when a run resumes after 100,000 steps, and a table of packings. Prints one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
-import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-from loopline.data_pipeline.build import build
+from loopline.data_pipeline.build import build, build_bundled
+from loopline.data_pipeline.lane import record_order, seeded_permutation
 from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.packing import Window, pack_concatenated, plan_best_fit
 from loopline.data_pipeline.shards import SplitReader
 from loopline.data_pipeline.sources import open_source
 from loopline.data_pipeline.stream import GlobalBatchStream
@@ -30,6 +38,7 @@ from loopline.data_pipeline.stream import GlobalBatchStream
 PEERS = ("webdataset", "megatron-core", "mosaicml-streaming")
 LANES = 8
 BATCH = 32
+Slice = Callable[[float], tuple[float, float]]  # seconds -> tokens per second, tokens per second of CPU time
 
 
 def copy_corpus(folder: Path, copies: int) -> Path:
@@ -54,7 +63,7 @@ def timed_build(text: Path, out: Path, workers: int) -> tuple[Manifest, float]:
     return manifest, time.perf_counter() - started
 
 
-def ours(manifest: Manifest, seq_len: int, **settings: object) -> Iterator[int]:
+def ours(manifest: Manifest, seq_len: int, *, has_positions: bool = False, **settings: object) -> Iterator[int]:
     """Tokens of each batch of our stream."""
     stream = GlobalBatchStream(
         manifest,
@@ -65,6 +74,8 @@ def ours(manifest: Manifest, seq_len: int, **settings: object) -> Iterator[int]:
         **settings,  # type: ignore[arg-type]
     )
     for batch in stream:
+        if has_positions:
+            batch.micro_batches(1)
         yield batch.tokens.size
 
 
@@ -99,26 +110,128 @@ def megatron(manifest: Manifest, folder: Path, seq_len: int) -> Iterator[int]:
                 yield batch.size
 
 
-def mosaic(manifest: Manifest, folder: Path) -> Iterator[int]:
-    """Tokens of each record MosaicML Streaming reads from its own shards of the same records."""
-    from streaming import MDSWriter, StreamingDataset
-
-    reader = SplitReader(manifest, "train")
-    with MDSWriter(out=str(folder / "mds"), columns={"tokens": "ndarray:uint16"}) as writer:
-        for record in range(reader.n_records):
-            writer.write({"tokens": np.concatenate(reader.documents(record)).astype(np.uint16)})
+# Runs where MosaicML Streaming is: reads for as many seconds as each line says and prints both speeds. An epoch is 50
+# passes, for beginning one takes it long, which a corpus of useful size would hardly see.
+MOSAIC = """
+import json, sys, time
+import numpy as np
+from streaming import MDSWriter, StreamingDataset
+folder = sys.argv[1]
+tokens, bounds = np.load(folder + "/tokens.npy"), np.load(folder + "/bounds.npy")
+with MDSWriter(out=folder + "/mds", columns={"tokens": "ndarray:uint16"}) as writer:
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        writer.write({"tokens": tokens[start:end]})
+n_samples = 50 * (len(bounds) - 1)
+def read():
+    dataset = StreamingDataset(local=folder + "/mds", shuffle=True, batch_size=1, epoch_size=n_samples)
     while True:
-        for sample in StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=1):
+        for sample in dataset:
             yield len(sample["tokens"])
+reader = read()
+next(reader)
+for line in sys.stdin:
+    clock, cpu, n = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - clock < float(line):
+        n += next(reader)
+    print(json.dumps([n / (time.perf_counter() - clock), n / (time.process_time() - cpu)]), flush=True)
+"""
 
 
-def tokens_per_second(tokens: Iterator[int], seconds: float) -> float:
-    """After a first item, which opens files and fills caches."""
+def mosaic(manifest: Manifest, folder: Path, python: str) -> Slice:
+    """MosaicML Streaming reading its own shards of the same records."""
+    reader = SplitReader(manifest, "train")
+    records = [np.concatenate(reader.documents(record)) for record in range(reader.n_records)]
+    np.save(folder / "tokens.npy", np.concatenate(records))
+    np.save(folder / "bounds.npy", np.cumsum([0, *map(len, records)]))
+    process = subprocess.Popen(
+        [python, "-c", MOSAIC, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    to_reader, from_reader = process.stdin, process.stdout
+
+    def read(seconds: float) -> tuple[float, float]:
+        to_reader.write(f"{seconds}\n")
+        to_reader.flush()
+        clock, cpu = json.loads(from_reader.readline())
+        return clock, cpu
+
+    return read
+
+
+def in_process(tokens: Iterator[int]) -> Slice:
+    """A reader in this process, opened, and its caches filled, by a first item."""
     next(tokens)
-    started, total = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        total += next(tokens)
-    return total / (time.perf_counter() - started)
+
+    def read(seconds: float) -> tuple[float, float]:
+        clock, cpu, n = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - clock < seconds:
+            n += next(tokens)
+        return n / (time.perf_counter() - clock), n / (time.process_time() - cpu)
+
+    return read
+
+
+def resident_bytes() -> int:
+    """Of this process, without what it shares with files."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def stream_bytes(manifest_path: Path, seq_len: int, packing: str, shuffle_records: int) -> int:
+    """What reading 300 batches adds to a fresh process."""
+    manifest = Manifest.load(manifest_path)
+    before = resident_bytes()
+    tokens = ours(manifest, seq_len, packing=packing, shuffle_records=shuffle_records)
+    for _ in range(300):
+        next(tokens)
+    return resident_bytes() - before
+
+
+def packing_row(windows: list[list[np.ndarray]], seq_len: int, packing: str) -> dict[str, float]:
+    """What packing windows of documents wastes, as shares.
+
+    Returns:
+        Padding among all inputs; of the documents that a sequence could hold, those that are cut; of all tokens, those
+        in another sequence than their document's beginning.
+    """
+    n_padding = 0
+    cuts: dict[tuple[int, int], int] = {}  # (window, document) -> offset of its first cut
+    if packing == "concat":
+        for packed in pack_concatenated([Window(0, *each) for each in enumerate(windows)], seq_len):
+            for document, offset in packed.places:
+                if offset < len(windows[packed.number][document]):
+                    cuts.setdefault((packed.number, document), offset)
+    else:
+        for number, documents in enumerate(windows):
+            for pieces in plan_best_fit([len(document) for document in documents], seq_len):
+                n_padding += seq_len - sum(length for _, _, length in pieces)
+                cuts.update({(number, document): seq_len for document, offset, _ in pieces if offset})
+    lengths = {(w, d): len(document) for w, documents in enumerate(windows) for d, document in enumerate(documents)}
+    n_tokens = sum(lengths.values())
+    fitting = [place for place, length in lengths.items() if length <= seq_len]
+    return {
+        "padding": n_padding / (n_tokens + n_padding),
+        "fitting_documents_cut": sum(place in cuts for place in fitting) / len(fitting),
+        "tokens_without_beginning": sum(lengths[place] - offset for place, offset in cuts.items()) / n_tokens,
+    }
+
+
+def packing_table(folder: Path, seq_len: int) -> dict[str, dict[str, float]]:
+    """The bundled corpus in windows of some of its records, and 10,000 documents of it, repeated, in one."""
+    reader = SplitReader(Manifest.load(build_bundled("stdlib", folder)), "train")
+    records = [reader.documents(record) for record in record_order(reader.n_records, 0, 0)]
+
+    def windows(n_records: int, copies: int = 1) -> list[list[np.ndarray]]:
+        chunks = [records[start : start + n_records] for start in range(0, len(records), n_records)]
+        flat = [[document for record in chunk * copies for document in record] for chunk in chunks]
+        return [[each[i] for i in seeded_permutation(len(each), "documents", i)] for i, each in enumerate(flat)]
+
+    n_documents = sum(map(len, records))
+    tables = {4: windows(4), 16: windows(16), f"all, {n_documents} documents": windows(len(records))}
+    tables["10,000 documents"] = [windows(len(records), -(-10_000 // n_documents))[0][:10_000]]
+    rows = {"concat, all": packing_row(windows(len(records)), seq_len, "concat")}
+    return rows | {f"best_fit, {name}": packing_row(each, seq_len, "best_fit") for name, each in tables.items()}
 
 
 def resume_seconds(manifest: Manifest, seq_len: int, packing: str) -> float:
@@ -141,8 +254,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--mosaic-python", default=sys.executable)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -151,40 +265,58 @@ def main() -> None:
         for workers in (0, 1, 2):
             manifest, seconds = timed_build(text, folder / f"built{workers}", workers)
             builds[f"workers {workers}"] = round(manifest.split("train").n_tokens / seconds)
-        readers = {
-            "loopline concat": lambda: ours(manifest, args.seq_len),
-            "loopline best_fit": lambda: ours(manifest, args.seq_len, packing="best_fit"),
-            "loopline best_fit, 1 worker": lambda: ours(manifest, args.seq_len, packing="best_fit", workers=1),
-            "webdataset, records": lambda: raw_webdataset(manifest),
-            "megatron indexed": lambda: megatron(manifest, Path(tempfile.mkdtemp(dir=folder)), args.seq_len),
-            "mosaicml streaming, records": lambda: mosaic(manifest, Path(tempfile.mkdtemp(dir=folder))),
+        memory = {
+            f"{packing}, window {window}": multiprocessing.get_context("spawn")
+            .Pool(1)
+            .apply(stream_bytes, (manifest.path, args.seq_len, packing, window))
+            for packing, window in (("concat", 4), ("best_fit", 4), ("best_fit", 10**6))
         }
-        speeds: dict[str, list[float]] = {}
-        for _ in range(args.rounds):  # in turn, so that a busy moment meets all
-            for name, reader in readers.items():
-                try:
-                    speeds.setdefault(name, []).append(tokens_per_second(reader(), args.seconds))
-                except ImportError:
-                    speeds.pop(name)
+        speeds = measure(readers(manifest, folder, args.seq_len, args.mosaic_python), args.seconds, args.rounds)
         resume = {packing: resume_seconds(manifest, args.seq_len, packing) for packing in ("concat", "best_fit")}
-        print(
-            json.dumps(
-                {
-                    "machine": platform.machine(),
-                    "python": platform.python_version(),
-                    "versions": {
-                        name: _version(name) for name in ("webdataset", "megatron-core", "mosaicml-streaming")
-                    },
-                    "train_tokens": manifest.split("train").n_tokens,
-                    "build_tokens_per_s": builds,
-                    "stream_tokens_per_s_median": {k: round(statistics.median(v)) for k, v in speeds.items()},
-                    "stream_tokens_per_s_all": {k: [round(x) for x in v] for k, v in speeds.items()},
-                    "resume_after_100000_steps_s": resume,
-                    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                },
-                indent=1,
-            )
-        )
+        result = {
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in PEERS},
+            "train_tokens": manifest.split("train").n_tokens,
+            "build_tokens_per_s": builds,
+            "stream_tokens_per_s": speeds,
+            "stream_resident_bytes": memory,
+            "resume_after_100000_steps_s": resume,
+            "packing": packing_table(folder / "bundled", args.seq_len),
+        }
+        print(json.dumps(result, indent=1))
+
+
+def readers(manifest: Manifest, folder: Path, seq_len: int, mosaic_python: str) -> dict[str, Slice]:
+    """Every reader that is installed, opened."""
+    opened = {
+        "loopline concat": in_process(ours(manifest, seq_len)),
+        "loopline best_fit": in_process(ours(manifest, seq_len, packing="best_fit")),
+        "loopline best_fit, positions": in_process(ours(manifest, seq_len, packing="best_fit", has_positions=True)),
+        "webdataset, records": in_process(raw_webdataset(manifest)),
+        "megatron indexed": in_process(megatron(manifest, folder, seq_len)),
+        "loopline best_fit, 1 worker": in_process(ours(manifest, seq_len, packing="best_fit", workers=1)),
+    }
+    if subprocess.run([mosaic_python, "-c", "import streaming"], capture_output=True).returncode == 0:
+        opened["mosaicml streaming, records"] = mosaic(manifest, folder, mosaic_python)
+    return opened
+
+
+def measure(opened: dict[str, Slice], seconds: float, rounds: int) -> dict[str, dict[str, int]]:
+    """Medians and best of the rounds, by the clock and by CPU time."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
+    for _ in range(rounds):
+        for name, read in opened.items():
+            found[name].append(read(seconds))
+    return {
+        name: {
+            "median": round(statistics.median(clock for clock, _ in each)),
+            "best": round(max(clock for clock, _ in each)),
+            "per_cpu_s_median": round(statistics.median(cpu for _, cpu in each)),
+            "per_cpu_s_best": round(max(cpu for _, cpu in each)),
+        }
+        for name, each in found.items()
+    }
 
 
 def _version(package: str) -> str:

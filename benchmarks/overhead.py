@@ -41,8 +41,8 @@ class BareLoop:
         device = next(self.model.parameters()).device
         total = 0.0
         for micro in batch.micro_batches(self.config.train.micro_batch_sequences):
-            tokens = torch.from_numpy(micro.tokens).to(device)
-            labels = torch.from_numpy(micro.labels).to(device)
+            tokens = torch.from_numpy(micro.tokens).to(device).long()
+            labels = torch.from_numpy(micro.labels).to(device).long()
             logits = self.model(tokens, micro.cu_seqlens.tolist())
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / batch.n_valid
             loss.backward()

@@ -15,10 +15,10 @@ class MicroBatch:
     """b sequences laid end to end, as variable-length kernels take them.
 
     Attributes:
-        tokens: [1, b*T], int64.
-        labels: [1, b*T], int64, -100 where ignored.
+        tokens: [1, b*T], uint16 or uint32 as stored.
+        labels: [1, b*T], int32, -100 where ignored.
         cu_seqlens: [N+1], int32, 0 to b*T; no segment crosses a sequence.
-        positions: [1, b*T], int64, from 0 in every segment.
+        positions: [1, b*T], int32, from 0 in every segment.
         n_valid: labels that count.
     """
 
@@ -34,29 +34,47 @@ class Batch:
     """One data-parallel rank's sequences of one step.
 
     Attributes:
-        tokens: [S, T], int64.
-        labels: [S, T], int64, -100 where ignored.
-        cu_seqlens: S arrays [N+1], int32, 0 to T.
+        tokens: [S, T], uint16 or uint32 as stored: a fourth of int64 on the way to the device.
+        labels: [S, T], int32, -100 where ignored.
+        segment_ends: S lists: exclusive ends of a sequence's segments, rising to T.
         global_index: [S], int64, rising: the place of each sequence in the global batch.
         n_padding: tokens that no document gave.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
-    cu_seqlens: tuple[np.ndarray, ...]
+    segment_ends: tuple[Sequence[int], ...]
     global_index: np.ndarray
     n_padding: int = 0
 
     @classmethod
-    def stack(cls, sequences: Sequence[PackedSequence], global_index: Sequence[int]) -> "Batch":
-        """A batch of S >= 1 sequences of one length."""
+    def stack(cls, sequences: Sequence[PackedSequence], global_index: Sequence[int] | np.ndarray) -> "Batch":
+        """A batch of S >= 1 sequences of one length, by the rules of `packing.py`."""
+        parts = [part for sequence in sequences for part in sequence.parts]
+        rows = np.concatenate(parts).reshape(len(sequences), -1)  # [S, T+1]
+        labels = rows[:, 1:].astype(np.int32)
+        seq_len = labels.shape[1]
+        last_inputs = [
+            row * seq_len + end - 1
+            for row, sequence in enumerate(sequences)
+            for end in (sequence.ends[:-1] if sequence.is_cut else sequence.ends)
+        ]
+        labels.reshape(-1)[np.array(last_inputs, np.int64)] = IGNORED_LABEL
+        for row, sequence in enumerate(sequences):
+            if sequence.n_padding:
+                labels[row, -sequence.n_padding :] = IGNORED_LABEL
         return cls(
-            tokens=np.stack([sequence.tokens for sequence in sequences]),
-            labels=np.stack([sequence.labels for sequence in sequences]),
-            cu_seqlens=tuple(sequence.cu_seqlens for sequence in sequences),
+            tokens=rows[:, :-1],
+            labels=labels,
+            segment_ends=tuple([sequence.ends for sequence in sequences]),
             global_index=np.asarray(global_index, np.int64),
-            n_padding=sum(sequence.n_padding for sequence in sequences),
+            n_padding=sum([sequence.n_padding for sequence in sequences]),
         )
+
+    @property
+    def cu_seqlens(self) -> list[np.ndarray]:
+        """S arrays [N+1], int32, 0 to T: each sequence's boundaries."""
+        return [np.array([0, *ends], np.int32) for ends in self.segment_ends]
 
     @property
     def n_valid(self) -> int:
@@ -75,22 +93,25 @@ class Batch:
                 f"micro_batch_sequences={micro_batch_sequences} does not divide the {n_sequences} sequences this rank "
                 f"gets per step; use a divisor of {n_sequences}"
             )
-        starts = range(0, n_sequences, micro_batch_sequences)
-        return [self._micro_batch(start, start + micro_batch_sequences) for start in starts]
-
-    def _micro_batch(self, start: int, end: int) -> MicroBatch:
         seq_len = self.tokens.shape[1]
-        labels = self.labels[start:end].reshape(1, -1)
-        inner = [cu_seqlens[1:] + i * seq_len for i, cu_seqlens in enumerate(self.cu_seqlens[start:end])]
-        cu_seqlens = np.concatenate([[0], *inner]).astype(np.int32)
-        segment_starts = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))  # [b*T]
-        return MicroBatch(
-            tokens=self.tokens[start:end].reshape(1, -1),
-            labels=labels,
-            cu_seqlens=cu_seqlens,
-            positions=(np.arange(labels.size, dtype=np.int64) - segment_starts)[None],
-            n_valid=int((labels != IGNORED_LABEL).sum()),
-        )
+        ends = np.array([row * seq_len + end for row, ends in enumerate(self.segment_ends) for end in ends])
+        lengths = np.diff(ends, prepend=0)
+        positions = np.arange(self.labels.size, dtype=np.int32) - np.repeat((ends - lengths).astype(np.int32), lengths)
+        n_valid = (self.labels != IGNORED_LABEL).sum(axis=1).tolist()  # [S]
+        micro_batches = []
+        for start in range(0, n_sequences, micro_batch_sequences):
+            rows = slice(start, start + micro_batch_sequences)
+            inner = [row * seq_len + end for row, ends in enumerate(self.segment_ends[rows]) for end in ends]
+            micro_batches.append(
+                MicroBatch(
+                    tokens=self.tokens[rows].reshape(1, -1),
+                    labels=self.labels[rows].reshape(1, -1),
+                    cu_seqlens=np.array([0, *inner], np.int32),
+                    positions=positions[start * seq_len : rows.stop * seq_len][None],
+                    n_valid=sum(n_valid[rows]),
+                )
+            )
+        return micro_batches
 
 
 def global_batch_sha256(batches: Sequence[Batch]) -> str:
@@ -108,6 +129,8 @@ def global_batch_sha256(batches: Sequence[Batch]) -> str:
         )
     digest = hashlib.sha256()
     for _, batch, row in rows:
-        for array in (batch.tokens[row], batch.labels[row], batch.cu_seqlens[row]):
-            digest.update(array.tobytes())
+        # int64 as batches once held it, so that digests noted then still hold.
+        digest.update(batch.tokens[row].astype("<i8").tobytes())
+        digest.update(batch.labels[row].astype("<i8").tobytes())
+        digest.update(np.array([0, *batch.segment_ends[row]], "<i4").tobytes())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ def batch_digest(batches: Sequence[Batch]) -> str:
         for index, row in zip(batch.global_index, batch.micro_batches(1))
     ]
     for _, positions in sorted(rows, key=lambda row: row[0]):
-        digest.update(positions.tobytes())
+        digest.update(positions.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

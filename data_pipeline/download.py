@@ -240,7 +240,9 @@ def _filesystem(url: str, settings: RemoteSettings, deadline: float) -> tuple[An
                 for total in (idle, left)
             ]
             # The first is the file system's own, for small requests. encoded: parse_location and file_url have quoted.
-            filesystem = fsspec.filesystem(scheme, encoded=True, client_kwargs={"timeout": timeouts[0]})
+            # trust_env: HTTP_PROXY, HTTPS_PROXY and NO_PROXY, as s3 and gs read them by themselves; also ~/.netrc.
+            client = {"timeout": timeouts[0], "trust_env": True}
+            filesystem = fsspec.filesystem(scheme, encoded=True, client_kwargs=client)
             return filesystem, {"timeout": timeouts[1]}
         if scheme == "s3":
             retries = {"max_attempts": 0}  # ours are the retries

@@ -1,8 +1,8 @@
 """One lane of the training stream: its seeded order of documents, packed, and the state it goes on from.
 
-A chain of small generators in the style of Meta Lingua: windows of records -> documents -> packed sequences
-(`packing.py`), each item with the state after it. A state is a small dict of plain JSON from which the chain is built
-again at the cost of reading one window, never by replay. How lanes make batches is `stream.py`.
+Two generators in the style of Meta Lingua: windows of records -> windows of packed sequences (`packing.py`). A state is
+a small dict of plain JSON from which they are built again at the cost of reading one window, never by replay. How lanes
+make batches is `stream.py`.
 
 Order, per epoch e: the records of the split are permuted by (seed, e) and dealt round robin, lane l taking places
 l, l + n_lanes, ... . A lane takes its records `shuffle_records` at a time (a window) and permutes all documents of the
@@ -15,15 +15,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Final, Literal, Self, TypedDict
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.packing import (
-    DocumentPosition,
     PackedSequence,
-    fill_sequence,
+    PackedWindow,
+    Place,
+    Window,
+    fill_sequences,
     pack_concatenated,
     plan_best_fit,
 )
@@ -35,13 +37,6 @@ Packing = Literal["concat", "best_fit"]
 # up; `lane`; `epoch` and `window`; then `document` and `offset` of the next token where documents are concatenated, or
 # `sequence`, the number already taken of the window's packing, with best fit.
 LaneState = dict[str, Any]
-
-
-class WindowPosition(TypedDict):
-    """Which window of a lane."""
-
-    epoch: int
-    window: int
 
 
 @lru_cache(maxsize=8)
@@ -111,10 +106,14 @@ class LaneStream:
         self._shuffle_records = shuffle_records
         self._seq_len = seq_len
         self._packing = packing
+        place = ("document", "offset") if packing == "concat" else ("sequence",)
+        self._state_fields = ("stream", "lane", "epoch", "window", *place)
         self._max_epochs = max_epochs
         self.stream_id = _stream_id(reader, seed, n_lanes, shuffle_records, packing, seq_len)
         self.state = self._start() if state is None else self._checked(state)
-        self._sequences = self._iter_concatenated() if packing == "concat" else self._iter_best_fit()
+        self._windows = self._iter_concatenated() if packing == "concat" else self._iter_best_fit()
+        self._window = PackedWindow(0, 0, [], [])
+        self._n_taken = 0  # sequences of the window
 
     def __iter__(self) -> Self:
         return self
@@ -126,17 +125,25 @@ class LaneStream:
             StopIteration: `max_epochs` were read.
             DataError: a damaged shard; a state that points past the lane's data.
         """
-        sequence, position = next(self._sequences)
-        self.state = {**position, "stream": self.stream_id, "lane": self._lane}
-        return sequence, self.state
+        return self.take(1)[0], self.state
 
     def take(self, n_sequences: int) -> list[PackedSequence]:
         """One step's sequences.
 
         Raises:
-            DataError: see `__next__`.
+            StopIteration, DataError: see `__next__`.
         """
-        return [next(self)[0] for _ in range(n_sequences)]
+        taken: list[PackedSequence] = []
+        while len(taken) < n_sequences:
+            if self._n_taken == len(self._window.sequences):
+                self._window, self._n_taken = next(self._windows), 0
+            end = self._n_taken + n_sequences - len(taken)
+            taken += self._window.sequences[self._n_taken : end]
+            self._n_taken = min(end, len(self._window.sequences))
+        epoch, window, _, places = self._window
+        values = (self.stream_id, self._lane, epoch, window, *places[self._n_taken - 1])
+        self.state = dict(zip(self._state_fields, values))
+        return taken
 
     @property
     def epoch(self) -> int:
@@ -144,55 +151,40 @@ class LaneStream:
         return self.state["epoch"]
 
     def _start(self) -> LaneState:
-        place = {"document": 0, "offset": 0} if self._packing == "concat" else {"sequence": 0}
-        return {"stream": self.stream_id, "lane": self._lane, "epoch": 0, "window": 0, **place}
+        return {**dict.fromkeys(self._state_fields, 0), "stream": self.stream_id, "lane": self._lane}
 
-    def _iter_windows(self) -> Iterator[tuple[list[np.ndarray], WindowPosition]]:
+    def _iter_windows(self) -> Iterator[Window]:
         epoch, window = self.state["epoch"], self.state["window"]
         while self._max_epochs is None or epoch < self._max_epochs:
             records = record_order(self._reader.n_records, self._seed, epoch)[self._lane :: self._n_lanes]
+            if window * self._shuffle_records >= len(records):
+                raise DataError(_bad_state(self.state, "it points past the lane's data"))
             for start in range(window * self._shuffle_records, len(records), self._shuffle_records):
                 window = start // self._shuffle_records
                 chunk = records[start : start + self._shuffle_records]
                 documents = [document for record in chunk for document in self._reader.documents(int(record))]
                 order = seeded_permutation(len(documents), "documents", self._seed, epoch, self._lane, window)
-                yield [documents[i] for i in order], {"epoch": epoch, "window": window}
+                yield Window(epoch, window, [documents[i] for i in order.tolist()])
             epoch, window = epoch + 1, 0
 
-    def _iter_documents(self) -> Iterator[tuple[np.ndarray, DocumentPosition]]:
-        state, is_first = self.state, True
-        for documents, position in self._iter_windows():
-            first = state["document"] if is_first else 0
-            if is_first and (self._is_misplaced(position, state) or first >= len(documents)):
-                raise DataError(_bad_state(state, "it points past the lane's data"))
-            for i in range(first, len(documents)):
-                yield documents[i], {**position, "document": i}
-            is_first = False
-
-    def _iter_concatenated(self) -> Iterator[tuple[PackedSequence, Mapping[str, int]]]:
+    def _iter_concatenated(self) -> Iterator[PackedWindow]:
+        start = Place(self.state["document"], self.state["offset"])
         # Only a stream that ends fills its last sequence.
         pad_id = None if self._max_epochs is None else self._reader.manifest.eos_id
-        yield from pack_concatenated(  # type: ignore[misc]  # a TypedDict of ints is such a mapping
-            self._iter_documents(), self._seq_len, offset=self.state["offset"], pad_id=pad_id
-        )
+        return pack_concatenated(self._iter_windows(), self._seq_len, start=start, pad_id=pad_id)
 
-    def _iter_best_fit(self) -> Iterator[tuple[PackedSequence, Mapping[str, int]]]:
-        state, is_first = self.state, True
-        for documents, position in self._iter_windows():
+    def _iter_best_fit(self) -> Iterator[PackedWindow]:
+        taken = self.state["sequence"]
+        for epoch, window, documents in self._iter_windows():
             plan = plan_best_fit([len(document) for document in documents], self._seq_len)
-            taken = state["sequence"] if is_first else 0
-            if is_first and (self._is_misplaced(position, state) or taken > len(plan)):
-                raise DataError(_bad_state(state, "it points past the lane's data"))
+            if taken > len(plan):
+                raise DataError(_bad_state(self.state, "it points past the lane's data"))
             # Without this the fullest sequences, which hold the longest documents, would come first.
-            key = (self._seed, position["epoch"], self._lane, position["window"])
-            order = seeded_permutation(len(plan), "sequences", *key)
-            for i in range(taken, len(plan)):
-                sequence = fill_sequence(documents, plan[order[i]], self._seq_len, self._reader.manifest.eos_id)
-                yield sequence, {"epoch": position["epoch"], "window": position["window"], "sequence": i + 1}
-            is_first = False
-
-    def _is_misplaced(self, position: WindowPosition, state: LaneState) -> bool:
-        return position != {"epoch": state["epoch"], "window": state["window"]}
+            order = seeded_permutation(len(plan), "sequences", self._seed, epoch, self._lane, window)
+            shuffled = [plan[i] for i in order[taken:].tolist()]
+            sequences = fill_sequences(documents, shuffled, self._seq_len, self._reader.manifest.eos_id)
+            yield PackedWindow(epoch, window, sequences, [(i + 1,) for i in range(taken, len(plan))])
+            taken = 0
 
     def _checked(self, state: Mapping[str, Any]) -> LaneState:
         start = self._start()

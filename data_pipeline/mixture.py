@@ -5,7 +5,8 @@ order are those it has alone. The choice is Tijdeman's for the chairman assignme
 1980): in a lane, at any time since the weights last changed, a source's tokens differ from its share of all tokens by
 less than one sequence. It needs no random numbers and only integers, so it is the same on every machine.
 
-A source that has been read `max_epochs` times in a lane drops out of it, and the others share its weight.
+A source that has been read `max_epochs` times in a lane drops out of it, and the others share its weight. Whether that
+leaves one to the end of a run is `supply.py`.
 """
 
 import json
@@ -83,13 +84,6 @@ class Mixture:
         """Identity of the training tokens: the sources' own, sorted and joined by +."""
         return "+".join(sorted(source.manifest.content_sha256("train") for source in self.sources))
 
-    @property
-    def n_tokens(self) -> int | None:
-        """Training tokens there are, every source read `max_epochs` times; None where one has no limit."""
-        limits = [source.max_epochs for source in self.sources]
-        sizes = [source.manifest.split("train").n_tokens for source in self.sources]
-        return sum(n * size for n, size in zip(limits, sizes) if n is not None) if None not in limits else None
-
     def weights_at(self, step: int) -> tuple[int, ...]:
         """The sources' weights for a step, in order; integers that add up to about `WEIGHT_UNIT`."""
         tempered = [weight ** (1 / self.temperature) for weight in self._raw_weights(step)]
@@ -163,6 +157,8 @@ class MixtureLane:
         self._weights = [each.get("weight", 0) for each in saved]
         self._tokens = [each.get("tokens", 0) for each in saved]
         self._total_tokens = [each.get("total_tokens", 0) for each in saved]
+        # A run with one data set keeps no count; every step of it has given the same.
+        self._uncounted = next((i for i, each in enumerate(saved) if each and "total_tokens" not in each), None)
         self._ended = [
             source.max_epochs is not None and each.get("ended_after", 0) >= source.max_epochs
             for source, each in zip(mixture.sources, saved)
@@ -175,6 +171,9 @@ class MixtureLane:
         Raises:
             DataError: every source with a weight has reached its max_epochs; a damaged shard.
         """
+        if self._uncounted is not None:
+            self._total_tokens[self._uncounted] = self._step * n_sequences * self._seq_len
+            self._uncounted = None
         weights = self._mixture.weights_at(self._step)
         sequences = [self._next(weights) for _ in range(n_sequences)]
         self._step += 1

@@ -1,4 +1,4 @@
-"""Documents into sequences of exactly `seq_len` inputs, in two ways.
+"""Documents into sequences of exactly `seq_len` inputs, a window of documents at a time, in two ways.
 
 Concatenation, `pack_concatenated`:
 - every token is an input exactly once, in document order; nothing is dropped between sequences;
@@ -8,14 +8,20 @@ Concatenation, `pack_concatenated`:
 - a document cut at the end of a sequence continues at the start of the next one as a new segment: attention, positions
   and recurrent state begin anew there.
 
-Best fit, `plan_best_fit` and `fill_sequence` (Ding et al., Fewer Truncations, arXiv:2404.10830): a window of documents
+Best fit, `plan_best_fit` and `fill_sequences` (Ding et al., Fewer Truncations, arXiv:2404.10830): a window of documents
 goes into few sequences without cutting a document that fits in one; a longer one gives whole sequences and one rest.
 What stays free at the end of a sequence is padding. Labels and segments follow the rules above.
+
+Either way a sequence is a list of views of the documents: nothing is copied before `Batch.stack`, which makes inputs
+and labels of them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,94 +30,119 @@ from loopline.data_pipeline.errors import DataError
 IGNORED_LABEL = -100
 
 
-class DocumentPosition(TypedDict):
-    """Which document of a lane: the epoch, the window in it, the place in the window's shuffled order."""
+class Window(NamedTuple):
+    """Documents in the order in which they are packed, each [n], n >= 1, of one dtype; the window's place in a lane."""
 
     epoch: int
-    window: int
-    document: int
+    number: int
+    documents: list[np.ndarray]
 
 
-class TokenPosition(DocumentPosition):
-    """The next token of a lane. `offset` in the document may equal its length: the next document is then next."""
-
-    offset: int
-
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """One sequence.
+class PackedSequence(NamedTuple):
+    """One sequence of T inputs.
 
     Attributes:
-        tokens: [T], int64, inputs.
-        labels: [T], int64, -100 where ignored.
-        cu_seqlens: [N+1], int32, 0 to T, the segments' boundaries.
-        n_padding: tokens at the end that no document gave.
+        parts: views, uint16 or uint32, of T + 1 tokens in all: the inputs, and the token after them.
+        ends: exclusive ends of the segments, rising to T.
+        n_padding: inputs at the end that no document gave.
+        is_cut: whether a document goes on after the inputs: then the token there is the last one's label.
     """
 
-    tokens: np.ndarray
-    labels: np.ndarray
-    cu_seqlens: np.ndarray
-    n_padding: int = 0
+    parts: list[np.ndarray]
+    ends: list[int]
+    n_padding: int
+    is_cut: bool
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[T], the inputs."""
+        return np.concatenate(self.parts)[:-1]
 
 
-class Piece(NamedTuple):
-    """Tokens [offset, offset + length) of a document of a window."""
+# Tokens [offset, offset + length) of a document of a window, as (document, offset, length).
+Piece = tuple[int, int, int]
+
+
+class Place(NamedTuple):
+    """The next token of a window. `offset` may equal the document's length: the next document is then next."""
 
     document: int
     offset: int
-    length: int
+
+
+BEGINNING = Place(0, 0)
+
+
+class PackedWindow(NamedTuple):
+    """Sequences, and for each what to go on from after it: a `Place`, or the number of the next sequence, (n,)."""
+
+    epoch: int
+    number: int
+    sequences: list[PackedSequence]
+    places: Sequence[tuple[int, ...]]
 
 
 def pack_concatenated(
-    documents: Iterator[tuple[np.ndarray, DocumentPosition]],
-    seq_len: int,
-    *,
-    offset: int = 0,
-    pad_id: int | None = None,
-) -> Iterator[tuple[PackedSequence, TokenPosition]]:
+    windows: Iterable[Window], seq_len: int, *, start: Place = BEGINNING, pad_id: int | None = None
+) -> Iterator[PackedWindow]:
     """Cuts the run of documents every `seq_len` tokens; see the module docstring for the rules.
 
     Args:
-        documents: (tokens [n], its position), n >= 1.
         seq_len: T >= 1.
-        offset: tokens of the first document that were used already.
-        pad_id: where `documents` ends, fill the last sequence with this token as a segment of its own with labels
-            -100; None drops it (the training stream never ends).
+        start: the first token that was not used yet, in the first window.
+        pad_id: where `windows` end, fill the last sequence with this token as a segment of its own with labels -100;
+            None drops it (the training stream never ends).
     Yields:
-        The sequence, and the position of the token after it.
+        The sequences that end in each window.
     Raises:
-        DataError: offset is past the end of the first document.
+        DataError: start is past the end of its document, or of the window.
     """
-    tokens, labels, bounds = _empty_sequence(seq_len)
-    for document, position in documents:
-        if offset > len(document):
-            raise DataError(
-                f"the saved data position says {offset} tokens into a document of {len(document)} (at {position}): "
-                "the state is not one this stream wrote. Use an unedited checkpoint, or start without data state"
-            )
-        while offset < len(document):
-            n = min(seq_len - bounds[-1], len(document) - offset)
-            start, end = bounds[-1], bounds[-1] + n
-            tokens[start:end] = document[offset : offset + n]
-            targets = document[offset + 1 : offset + n + 1]  # one short where the document ends
-            labels[start : start + len(targets)] = targets
-            bounds.append(end)
-            offset += n
-            if end == seq_len:
-                yield PackedSequence(tokens, labels, np.array(bounds, np.int32)), {**position, "offset": offset}
-                tokens, labels, bounds = _empty_sequence(seq_len)
-        offset = 0
-    if bounds[-1] > 0 and pad_id is not None:
-        n_padding = seq_len - bounds[-1]
-        tokens[bounds[-1] :] = pad_id
-        bounds.append(seq_len)
-        sequence = PackedSequence(tokens, labels, np.array(bounds, np.int32), n_padding)
-        yield sequence, {**position, "offset": len(document)}
+    parts: list[np.ndarray] = []
+    ends: list[int] = []
+    n_filled = 0
+    for epoch, number, documents in windows:
+        _check_start(start, documents)
+        sequences, places = [], []
+        first, offset = start
+        for index in range(first, len(documents)):
+            document = documents[index]
+            n = len(document)
+            while n - offset >= seq_len - n_filled:  # it fills the sequence
+                end = offset + seq_len - n_filled
+                parts.append(document[offset : end + 1])
+                if end == n:
+                    parts.append(document[-1:])  # any token: it is no label
+                ends.append(seq_len)
+                sequences.append(PackedSequence(parts, ends, 0, end < n))
+                places.append(Place(index, end))
+                parts, ends, n_filled, offset = [], [], 0, end
+            if offset < n:
+                parts.append(document[offset:])
+                n_filled += n - offset
+                ends.append(n_filled)
+            offset = 0
+        yield PackedWindow(epoch, number, sequences, places)
+        start = BEGINNING
+    if n_filled and pad_id is not None:
+        sequence = _padded(parts, ends, seq_len, np.full(seq_len + 1, pad_id, parts[0].dtype))
+        yield PackedWindow(epoch, number, [sequence], [Place(len(documents) - 1, len(documents[-1]))])
+
+
+def _check_start(start: Place, documents: Sequence[np.ndarray]) -> None:
+    found = f"{len(documents)} documents"
+    if start.document < len(documents):
+        found = f"a document of {len(documents[start.document])}"
+        if start.offset <= len(documents[start.document]):
+            return
+    raise DataError(
+        f"the saved data position, {start.offset} tokens into document {start.document} of a window, points past the "
+        f"lane's data: {found} found. The state is not one this stream wrote. Use an unedited checkpoint, or start "
+        "without data state"
+    )
 
 
 def plan_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[Piece]]:
-    """Which pieces go into which sequence: best-fit decreasing, O(n log(n + seq_len)) for n pieces.
+    """Which pieces go into which sequence: best-fit decreasing.
 
     A document longer than seq_len is cut every seq_len tokens from its start. Each piece goes, longest first, into the
     fullest sequence that still holds it, or into a new one; equal lengths keep the order of `lengths`, equally full
@@ -123,86 +154,64 @@ def plan_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[Piece]]:
     Returns:
         The pieces of each sequence, at most T tokens in all; every token of every document in exactly one piece.
     """
-    pieces = [
-        Piece(document, offset, min(seq_len, length - offset))
+    sequences = [
+        [(document, offset, seq_len)]
         for document, length in enumerate(lengths)
-        for offset in range(0, length, seq_len)
+        for offset in range(0, length - seq_len + 1, seq_len)
     ]
-    pieces.sort(key=lambda piece: -piece.length)
-    sequences: list[list[Piece]] = []
-    by_room = _Rooms(seq_len)
-    for piece in pieces:
-        place = by_room.pop_smallest(piece.length)
-        if place is None:
-            room, index = seq_len, len(sequences)
-            sequences.append([])
+    rests = [
+        (document, length - length % seq_len, length % seq_len)
+        for document, length in enumerate(lengths)
+        if length % seq_len
+    ]
+    rests.sort(key=itemgetter(2), reverse=True)  # stable in reverse too
+    rooms: list[int] = []  # the free tokens that open sequences have, rising, each number once
+    open_by_room: dict[int, list[list[Piece]]] = defaultdict(list)
+    for piece in rests:
+        length = piece[2]
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            room = seq_len
+            sequences.append(sequence := [])
         else:
-            room, index = place
-        sequences[index].append(piece)
-        by_room.push(room - piece.length, index)
+            room = rooms[place]
+            sequence = open_by_room[room].pop()
+            if not open_by_room[room]:
+                del rooms[place]
+        sequence.append(piece)
+        if room > length:
+            if not open_by_room[room - length]:
+                insort(rooms, room - length)
+            open_by_room[room - length].append(sequence)
     return sequences
 
 
-class _Rooms:
-    """Open sequences by their free tokens: a binary tree over 0..seq_len whose nodes know whether any lies below."""
-
-    def __init__(self, seq_len: int) -> None:
-        self._first_leaf = 1 << seq_len.bit_length()
-        self._has = bytearray(2 * self._first_leaf)
-        self._stacks: dict[int, list[int]] = {}
-
-    def push(self, room: int, index: int) -> None:
-        self._stacks.setdefault(room, []).append(index)
-        node = self._first_leaf + room
-        while node and not self._has[node]:
-            self._has[node] = True
-            node //= 2
-
-    def pop_smallest(self, at_least: int) -> tuple[int, int] | None:
-        """The newest of the sequences with the fewest free tokens >= at_least, as (free tokens, index)."""
-        node = self._first_leaf + at_least
-        while not self._has[node]:
-            while node & 1:  # a right child: the next subtree to the right hangs from an ancestor
-                node //= 2
-            if node == 0:
-                return None
-            node += 1
-        while node < self._first_leaf:
-            node = 2 * node if self._has[2 * node] else 2 * node + 1
-        room = node - self._first_leaf
-        index = self._stacks[room].pop()
-        if not self._stacks[room]:
-            self._has[node] = False
-            while node > 1 and not self._has[node ^ 1]:
-                node //= 2
-                self._has[node] = False
-        return room, index
+def fill_sequences(
+    documents: Sequence[np.ndarray], plan: Sequence[Sequence[Piece]], seq_len: int, pad_id: int
+) -> list[PackedSequence]:
+    """The sequences that hold the pieces of a plan, then padding as a segment of its own with labels -100."""
+    padding = np.full(seq_len + 1, pad_id, documents[0].dtype)
+    whole = [seq_len]
+    sequences = []
+    for pieces in plan:
+        index, offset, length = pieces[0]
+        if offset + length < len(documents[index]):  # cut, so it fills the sequence
+            part = documents[index][offset : offset + length + 1]
+            sequences.append(PackedSequence([part], whole, 0, is_cut=True))
+            continue
+        parts = [documents[index][offset : offset + length] for index, offset, length in pieces]
+        sequences.append(_padded(parts, list(accumulate(map(len, parts))), seq_len, padding))
+    return sequences
 
 
-def fill_sequence(
-    documents: Sequence[np.ndarray], pieces: Sequence[Piece], seq_len: int, pad_id: int
-) -> PackedSequence:
-    """The sequence that holds `pieces` of `documents`, then padding as a segment of its own with labels -100."""
-    tokens, labels, bounds = _empty_sequence(seq_len)
-    for document, offset, length in pieces:
-        start, end = bounds[-1], bounds[-1] + length
-        tokens[start:end] = documents[document][offset : offset + length]
-        targets = documents[document][offset + 1 : offset + length + 1]  # one short where the document ends
-        labels[start : start + len(targets)] = targets
-        bounds.append(end)
-    n_padding = seq_len - bounds[-1]
-    if n_padding:
-        tokens[bounds[-1] :] = pad_id
-        bounds.append(seq_len)
-    return PackedSequence(tokens, labels, np.array(bounds, np.int32), n_padding)
-
-
-def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:
+def padding_sequence(seq_len: int, pad_id: int, dtype: str) -> PackedSequence:
     """A sequence of padding alone: one segment, every label -100."""
-    tokens, labels, _ = _empty_sequence(seq_len)
-    tokens[:] = pad_id
-    return PackedSequence(tokens, labels, np.array([0, seq_len], np.int32), n_padding=seq_len)
+    return _padded([], [], seq_len, np.full(seq_len + 1, pad_id, dtype))
 
 
-def _empty_sequence(seq_len: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    return np.empty(seq_len, np.int64), np.full(seq_len, IGNORED_LABEL, np.int64), [0]
+def _padded(parts: list[np.ndarray], ends: list[int], seq_len: int, padding: np.ndarray) -> PackedSequence:
+    """The sequence of whole parts, with `padding` [T+1] for what they leave, and for the token after it."""
+    n_padding = seq_len - ends[-1] if ends else seq_len
+    return PackedSequence(
+        [*parts, padding[: n_padding + 1]], [*ends, seq_len] if n_padding else ends, n_padding, is_cut=False
+    )

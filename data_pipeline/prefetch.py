@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import NamedTuple
 
+import numpy as np
+
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import LaneState, LaneStream, Packing
 from loopline.data_pipeline.manifest import Manifest
@@ -53,6 +55,32 @@ class Taken(NamedTuple):
     sequences: dict[int, list[PackedSequence]]
     states: dict[int, LaneState]
     epoch: int
+
+
+class Sent(NamedTuple):
+    """A step on its way through a pipe, which moves one large array far faster than many small ones.
+
+    Attributes:
+        rows: [S, T+1], the inputs of all sequences and the token after them, as stored.
+        rest: the step without them.
+    """
+
+    rows: np.ndarray
+    rest: Taken
+
+    @classmethod
+    def of(cls, taken: Taken) -> "Sent":
+        sequences = [sequence for each in taken.sequences.values() for sequence in each]
+        rows = np.concatenate([part for sequence in sequences for part in sequence.parts])
+        emptied = {lane: [each._replace(parts=[]) for each in given] for lane, given in taken.sequences.items()}
+        return cls(rows.reshape(len(sequences), -1), taken._replace(sequences=emptied))
+
+    def taken(self) -> Taken:
+        rows = iter(self.rows)
+        filled = {
+            lane: [each._replace(parts=[next(rows)]) for each in given] for lane, given in self.rest.sequences.items()
+        }
+        return self.rest._replace(sequences=filled)
 
 
 class LaneGroup:
@@ -259,6 +287,8 @@ def _receive(receiver: connection.Connection, steps: "queue.Queue[Taken | str]",
     while is_open:
         try:
             item = receiver.recv()
+            if isinstance(item, Sent):
+                item = item.taken()
         except (EOFError, OSError):
             item = ""
         is_open = isinstance(item, Taken)
@@ -283,7 +313,7 @@ def _work(
     try:
         group = LaneGroup(settings, lanes, states)
         while True:
-            sender.send(group.take())
+            sender.send(Sent.of(group.take()))
     except DataError as error:
         sender.send(str(error))
     except BrokenPipeError:  # the parent is gone

@@ -20,7 +20,7 @@ from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import DEFAULT_SHUFFLE_RECORDS, LaneState, Packing, check_at_least_one
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.mixture import Mixture
-from loopline.data_pipeline.packing import DocumentPosition, pack_concatenated, padding_sequence
+from loopline.data_pipeline.packing import Window, pack_concatenated, padding_sequence
 from loopline.data_pipeline.prefetch import LaneGroup, LaneSettings, PrefetchedLanes
 from loopline.data_pipeline.shards import SplitReader
 
@@ -81,8 +81,9 @@ class GlobalBatchStream:
         if workers < 0:
             raise DataError(f"workers={workers} must be 0 or more; raise it")
         self.data = Manifest.load(manifest) if isinstance(manifest, str | Path) else manifest
-        self._n_lanes = n_lanes
         self._lanes = range(dp_rank, n_lanes, dp_size)
+        # Sequence k of lane l is number k * n_lanes + l.
+        self._global_index = np.add.outer(np.arange(0, global_batch_sequences, n_lanes), self._lanes).ravel()
         by_lane = None if states is None else {int(lane): state for lane, state in states.items()}
         if by_lane is not None and not set(self._lanes) <= set(by_lane):
             raise DataError(
@@ -121,10 +122,8 @@ class GlobalBatchStream:
         taken = self._group.take()
         self._log_ended(taken.states)
         self._place = taken._replace(sequences={})
-        turns = [(k, lane) for k in range(self._settings.sequences_per_lane) for lane in self._lanes]
-        return Batch.stack(
-            [taken.sequences[lane][k] for k, lane in turns], [k * self._n_lanes + lane for k, lane in turns]
-        )
+        by_lane = [taken.sequences[lane] for lane in self._lanes]
+        return Batch.stack([sequence for turn in zip(*by_lane) for sequence in turn], self._global_index)
 
     def state_dict(self) -> dict[int, LaneState]:
         """Lane -> state for the lanes of this rank, after exactly the batches returned so far. Plain JSON values."""
@@ -203,18 +202,15 @@ def heldout_batches(
     opened = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
     reader = SplitReader(opened, split)
 
-    def iter_documents() -> Iterator[tuple[np.ndarray, DocumentPosition]]:
-        for record in range(reader.n_records):
-            for i, document in enumerate(reader.documents(record)):
-                yield document, {"epoch": 0, "window": record, "document": i}
-
     def iter_batches() -> Iterator[Batch]:
-        sequences = pack_concatenated(iter_documents(), seq_len, pad_id=opened.eos_id)
-        padding = padding_sequence(seq_len, opened.eos_id)
+        windows = (Window(0, record, reader.documents(record)) for record in range(reader.n_records))
+        packed = pack_concatenated(windows, seq_len, pad_id=opened.eos_id)
+        sequences = (sequence for window in packed for sequence in window.sequences)
+        padding = padding_sequence(seq_len, opened.eos_id, opened.dtype)
         mine = range(dp_rank, batch_sequences, dp_size)
         n_batches = 0
         while n_batches != max_batches:
-            rows = [sequence for sequence, _ in islice(sequences, batch_sequences)]
+            rows = list(islice(sequences, batch_sequences))
             if not rows:
                 return
             rows += [padding] * (batch_sequences - len(rows))

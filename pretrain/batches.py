@@ -51,6 +51,8 @@ def to_device(
 
 
 def _moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """On a GPU through pinned memory, so that the copy does not wait for what the GPU is doing."""
+    """int64 on `device`, which widens it. To a GPU through pinned memory, so that the copy does not wait for what the
+    GPU is doing."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    moved = tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return moved.long()

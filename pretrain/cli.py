@@ -13,6 +13,7 @@ from loopline.pretrain.errors import CheckpointError, ConfigError, ExportError
 
 if TYPE_CHECKING:
     from loopline.data_pipeline.manifest import Manifest
+    from loopline.data_pipeline.stream import GlobalBatchStream
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,11 +66,11 @@ def _add_data(commands) -> None:  # type: ignore[no-untyped-def]
     _add_data_sizes(megatron)
     megatron.set_defaults(run=_import_megatron)
     inspect = data.add_parser("inspect", help="counts, histogram of lengths, decoded samples")
-    inspect.add_argument("manifest", type=Path, help="manifest.json, or the folder that holds it")
+    inspect.add_argument("manifest", help="manifest.json, or the folder that holds it: a path or a URL")
     inspect.add_argument("--samples", type=int, default=3, help="documents to decode per split")
     inspect.set_defaults(run=_inspect)
     verify = data.add_parser("verify", help="compare every shard and the tokenizer with the manifest's hashes")
-    verify.add_argument("manifest", type=Path, help="manifest.json, or the folder that holds it")
+    verify.add_argument("manifest", help="manifest.json, or the folder that holds it: a path or a URL")
     verify.set_defaults(run=_verify)
     _add_digest(data)
 
@@ -147,49 +148,89 @@ def _print_built(manifest: "Manifest") -> int:
 
 
 def _add_digest(data) -> None:  # type: ignore[no-untyped-def]
-    digest = data.add_parser("digest", help="one hash of a stream's first global batches, on any number of ranks")
-    digest.add_argument("manifest", type=Path, help="manifest.json of a built corpus, or its folder")
+    digest = data.add_parser(
+        "digest",
+        help="one hash of the first global batches of a corpus, or of the data of a recipe",
+        description="Prints one hash of the first global batches: of a corpus, read with the options below, or of what "
+        "a recipe trains on, mixture and schedule included. It is the same for every --dp and --workers.",
+    )
+    digest.add_argument("manifest", nargs="?", help="manifest.json of a built corpus, or its folder: a path or a URL")
+    digest.add_argument("--recipe", help="instead of a manifest: a shipped recipe, or a .toml file, with its data")
+    digest.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=c", help="change a field of the recipe"
+    )
     digest.add_argument("--batches", type=int, default=10, help="global batches to hash")
     digest.add_argument("--dp", type=int, default=1, help="data-parallel ranks to read them on")
-    digest.add_argument("--workers", type=int, default=0, help="worker processes per rank")
-    digest.add_argument("--seed", type=int, default=0)
-    digest.add_argument("--seq-len", type=int, default=128)
-    digest.add_argument("--lanes", type=int, default=8)
-    digest.add_argument("--global-batch-sequences", type=int, default=8)
-    digest.add_argument("--shuffle-records", type=int, default=4)
-    digest.add_argument("--packing", default="concat", choices=["concat", "best_fit"])
+    digest.add_argument("--workers", type=int, help="worker processes per rank; default: the recipe's, else 0")
+    alone = digest.add_argument_group(
+        "with a manifest", "A recipe has these as fields of its own; change them by --set."
+    )
+    for name, value in _DIGEST_DEFAULTS.items():
+        choices = ["concat", "best_fit"] if name == "packing" else None
+        alone.add_argument(_option(name), type=type(value), choices=choices, help=f"default: {value}")
     digest.set_defaults(run=_digest)
+
+
+# Of a stream that no recipe describes.
+_DIGEST_DEFAULTS = {
+    "seed": 0,
+    "seq_len": 128,
+    "lanes": 8,
+    "global_batch_sequences": 8,
+    "shuffle_records": 4,
+    "packing": "concat",
+}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _digest(args: argparse.Namespace) -> int:
     from loopline.data_pipeline.digest import stream_digest
-    from loopline.data_pipeline.manifest import Manifest
-    from loopline.data_pipeline.stream import GlobalBatchStream
 
-    manifest = Manifest.load(args.manifest)
     if args.dp < 1:
         raise DataError(f"--dp is {args.dp}: give at least 1")
-    ranks = [
-        GlobalBatchStream(
-            manifest,
-            seed=args.seed,
-            seq_len=args.seq_len,
-            n_lanes=args.lanes,
-            global_batch_sequences=args.global_batch_sequences,
-            dp_rank=rank,
-            dp_size=args.dp,
-            shuffle_records=args.shuffle_records,
-            packing=args.packing,
-            workers=args.workers,
-        )
-        for rank in range(args.dp)
-    ]
+    if (args.manifest is None) == (args.recipe is None):
+        raise DataError("give either a manifest or --recipe: the first is one corpus, the second what a run reads")
+    ranks = _recipe_ranks(args) if args.recipe else _manifest_ranks(args)
     try:
         print(stream_digest(ranks, args.batches))
     finally:
         for rank in ranks:
             rank.close()
     return 0
+
+
+def _recipe_ranks(args: argparse.Namespace) -> "list[GlobalBatchStream]":
+    from loopline.pretrain import corpus
+    from loopline.pretrain.config import load_config
+
+    given = [_option(name) for name in _DIGEST_DEFAULTS if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} with --recipe: change the recipe's own field, by --set train.seq_len=128"
+        )
+    workers = [] if args.workers is None else [f"data.workers={args.workers}"]
+    config = load_config(args.recipe, [*args.overrides, *workers])
+    data = corpus.open_data(config, local_rank=0)
+    return [train_module.open_stream(config, data, rank, args.dp, None) for rank in range(args.dp)]
+
+
+def _manifest_ranks(args: argparse.Namespace) -> "list[GlobalBatchStream]":
+    from loopline.data_pipeline.manifest import Manifest
+    from loopline.data_pipeline.stream import GlobalBatchStream
+
+    if args.overrides:
+        raise ConfigError("--set changes a field of a recipe, and none is given: name it by --recipe")
+    chosen = {name: getattr(args, name) for name in _DIGEST_DEFAULTS if getattr(args, name) is not None}
+    settings = {**_DIGEST_DEFAULTS, **chosen}
+    settings["n_lanes"] = settings.pop("lanes")
+    manifest = Manifest.load(args.manifest)
+    return [
+        GlobalBatchStream(manifest, dp_rank=rank, dp_size=args.dp, workers=args.workers or 0, **settings)
+        for rank in range(args.dp)
+    ]
 
 
 def _add_eval(commands) -> None:  # type: ignore[no-untyped-def]

@@ -14,9 +14,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from loopline.data_pipeline.download import SCHEMES
 from loopline.models.config import ModelConfig
 from loopline.models.settings.section import Section
 from loopline.pretrain.errors import ConfigError
+
+_REMOTE_SCHEMES = set(SCHEMES) - {"file"}
 
 
 def parse_recompute(text: str) -> frozenset[int] | None:
@@ -133,7 +136,7 @@ class DataSection(Section):
     workers: int = Field(0, ge=0, description="processes per rank that read ahead; 0 reads between steps")
     verify_hashes: bool = Field(True, description="check every shard's sha256 before step 1; remote ones when read")
     cache_bytes: int = Field(64 * 2**30, ge=1, description="most bytes of remote shards kept on a machine")
-    retry_timeout_s: float = Field(600.0, gt=0, le=604_800, description="for one remote file, all retries included")
+    retry_timeout_s: float = Field(600.0, gt=0, le=604_800, description="for one remote file, retries included")
     read_timeout_s: float = Field(30.0, gt=0, le=604_800, description="a request without a byte for so long has failed")
 
     @model_validator(mode="before")
@@ -222,7 +225,7 @@ class RunConfig(Section):
             ConfigError: one line a problem: field, value, rule, fix.
         """
         problems = _layout_problems(self, world_size) + _tensor_parallel_problems(self)
-        problems += _loop_problems(self) + _schedule_problems(self) + _kernel_problems(self)
+        problems += _loop_problems(self) + _schedule_problems(self) + _kernel_problems(self) + _waiting_problems(self)
         if problems:
             raise ConfigError("this run cannot start:\n  - " + "\n  - ".join(problems))
 
@@ -322,6 +325,29 @@ def _schedule_problems(config: RunConfig) -> list[str]:
             f"{t.steps}: lower optimizer.warmup_steps or optimizer.decay_fraction, or raise train.steps"
         )
     return problems
+
+
+def _waiting_problems(config: RunConfig) -> list[str]:
+    """A slow server must end in a DataError that names it, not in a rank that is killed for waiting."""
+    data, hang_timeout_s = config.data, config.train.hang_timeout_s
+    places = {f"data.sources ({source.name})": source.manifest for source in data.sources}
+    places = places or {"data.manifest": data.manifest}
+    remote = [field for field, place in places.items() if place.partition(":")[0].lower() in _REMOTE_SCHEMES]
+    if not remote:
+        return []
+    from loopline.data_pipeline.prefetch import TIMEOUT_S  # loads numpy, which planning a local run does not need
+
+    limit_s, ended = hang_timeout_s, f"train.hang_timeout_s = {hang_timeout_s:g}, when the run is ended as hanging"
+    if data.workers and limit_s > TIMEOUT_S:
+        limit_s, ended = TIMEOUT_S, f"{TIMEOUT_S:g}, when a worker of data.workers is given up"
+    # s3 and gs may take one read_timeout_s more (data_pipeline/download.py).
+    if data.retry_timeout_s + data.read_timeout_s < limit_s:
+        return []
+    return [
+        f"data.retry_timeout_s = {data.retry_timeout_s:g} + data.read_timeout_s = {data.read_timeout_s:g}, the longest "
+        f"wait for one file of {remote[0]}, must be below {ended}: lower data.retry_timeout_s"
+        + (", or raise train.hang_timeout_s" if limit_s == hang_timeout_s else "")
+    ]
 
 
 # Head sizes of the mixers that run fla 0.6.0's scalar-decay kernel.

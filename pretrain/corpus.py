@@ -1,8 +1,11 @@
 """The data a run names, opened and checked before anything expensive starts."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from loopline.data_pipeline import supply
 from loopline.data_pipeline.build import build_bundled, wait_for_manifest
 from loopline.data_pipeline.download import RemoteSettings, parse_location
 from loopline.data_pipeline.errors import DataError
@@ -82,7 +85,7 @@ def open_data(config: RunConfig, local_rank: int) -> Manifest | Mixture:
     """The run's corpus, or the mixture of its `data.sources`.
 
     Raises:
-        DataError, ConfigError: as `open_corpus`; sources that do not go together; too few tokens for the run.
+        DataError, ConfigError: as `open_corpus`; sources that do not go together.
     """
     if not config.data.sources:
         return open_corpus(config, local_rank)
@@ -91,20 +94,34 @@ def open_data(config: RunConfig, local_rank: int) -> Manifest | Mixture:
         data = config.data.model_copy(update={"manifest": manifest})
         return open_corpus(config.model_copy(update={"data": data}), local_rank)
 
-    mixture = Mixture(
+    return Mixture(
         tuple(Source(s.name, opened(s.manifest), s.weight, s.max_epochs) for s in config.data.sources),
         temperature=config.data.temperature,
         schedule={entry.step: entry.weights for entry in config.data.schedule},
     )
-    train = config.train
-    needed = (train.stop_at_step or train.steps) * train.global_batch_sequences * train.seq_len
-    if mixture.n_tokens is not None and mixture.n_tokens < needed:
-        raise DataError(
-            f"data.sources hold {mixture.n_tokens} tokens, each read max_epochs times; train.steps * "
-            f"train.global_batch_sequences * train.seq_len = {needed}: raise max_epochs, add a source, or lower "
-            "train.steps"
+
+
+def check_supply(
+    config: RunConfig, data: Manifest | Mixture, states: Mapping[int, Mapping[str, Any]], step: int
+) -> None:
+    """Refuse a run whose sources end before it does.
+
+    Args:
+        data: as `open_data` gave it; a single corpus never ends.
+        states: of every lane, after `step` steps.
+    Raises:
+        DataError: a lane runs out; it names the sources.
+    """
+    if isinstance(data, Mixture):
+        supply.check_supply(
+            data,
+            states,
+            seed=config.run.seed,
+            seq_len=config.train.seq_len,
+            sequences_per_lane=config.train.global_batch_sequences // config.data.lanes,
+            step=step,
+            n_steps=config.train.stop_at_step or config.train.steps,
         )
-    return mixture
 
 
 def main_manifest(data: Manifest | Mixture) -> Manifest:

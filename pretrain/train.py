@@ -184,7 +184,10 @@ def check_before_groups(config: RunConfig) -> Checked:
     data_id = corpus.data_id(data)
     start = find_start(config, data_id)
     # Opened once here to refuse too little data; rank and size do not change that. No worker starts before a batch.
-    open_stream(config, data, 0, 1, None)
+    state = start.state if start is not None and start.is_resume else None
+    step = state.step if state else 0
+    stream = open_stream(config, data, 0, 1, state.lanes if state else None, step=step)
+    corpus.check_supply(config, data, stream.state_dict(), step)
     return Checked(rank, world_size, device, backends, data, manifest, data_id, start)
 
 

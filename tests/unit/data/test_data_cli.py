@@ -1,8 +1,9 @@
-"""`loopline data`: build, import-megatron, inspect and verify, as a user calls them; and the tokenizers they take."""
+"""`loopline data` as a user calls it: build, import-megatron, inspect, verify, digest; and the tokenizers they take."""
 
 import json
 import shutil
 
+import faulty_server as faulty
 import numpy as np
 import pytest
 import torch
@@ -10,11 +11,15 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from loopline.data_pipeline.digest import stream_digest
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.inspection import length_histogram
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.tokenizer import TokenizerFile
 from loopline.pretrain.cli import main
+from loopline.pretrain.config import load_config
+from loopline.pretrain.corpus import open_data
+from loopline.pretrain.train import open_stream
 
 
 @pytest.fixture
@@ -138,3 +143,80 @@ def test_saved_transformers_tokenizers_work_from_folder_and_file(small, tmp_path
         assert TokenizerFile(path).eos_id == 1
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "other.json")
     assert TokenizerFile(tmp_path / "other.json").sha256 == TokenizerFile(tmp_path).sha256
+
+
+@pytest.fixture
+def mixed_recipe(save_documents, tmp_path):
+    """A recipe of two corpora whose weights change at step 3."""
+    web = save_documents([[10 + i] * (3 + i % 5) for i in range(30)])
+    code = save_documents([[90 + i] * (4 + i % 3) for i in range(30)])
+    path = tmp_path / "mixed.toml"
+    path.write_text(f"""
+base = "debug"
+[run]
+seed = 3
+[train]
+seq_len = 8
+global_batch_sequences = 8
+[data]
+manifest = ""
+[[data.sources]]
+name = "web"
+manifest = "{web.path}"
+weight = 0.75
+[[data.sources]]
+name = "code"
+manifest = "{code.path}"
+weight = 0.25
+max_epochs = 2
+[[data.schedule]]
+step = 3
+weights = {{ web = 0.5, code = 0.5 }}
+""")
+    return path
+
+
+def test_the_digest_of_a_recipe_is_that_of_what_its_run_reads(run, mixed_recipe):
+    config = load_config(str(mixed_recipe))
+    expected = stream_digest([open_stream(config, open_data(config, 0), 0, 1, None)], 6)
+    for layout in ([], ["--dp", 4], ["--dp", 2, "--workers", 1], ["--set", "data.workers=1"]):
+        status, found, _ = run("digest", "--recipe", mixed_recipe, "--batches", 6, *layout)
+        assert (status, found) == (0, f"{expected}\n"), layout
+    for change in ("data.temperature=2", "data.schedule=[]", "run.seed=4", "train.seq_len=9", "data.packing=best_fit"):
+        status, found, _ = run("digest", "--recipe", mixed_recipe, "--batches", 6, "--set", change)
+        assert status == 0
+        assert found != f"{expected}\n", change
+
+
+def test_a_recipe_and_a_manifest_have_one_digest(run, small):
+    fields = {"run.seed": 5, "train.seq_len": 32, "data.lanes": 2, "train.global_batch_sequences": 4}
+    changes = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    options = ["--seed", 5, "--seq-len", 32, "--lanes", 2, "--global-batch-sequences", 4]
+    of_recipe = run("digest", "--recipe", "debug", "--set", f"data.manifest={small.path}", *changes)
+    assert of_recipe == run("digest", small.path, *options)
+    assert of_recipe[0] == 0
+
+
+def test_a_digest_of_both_or_of_neither_is_refused(run, small, mixed_recipe):
+    for arguments, message in [
+        ((), "give either a manifest or --recipe"),
+        ((small.path, "--recipe", mixed_recipe), "give either a manifest or --recipe"),
+        ((small.path, "--set", "run.seed=1"), "none is given: name it by --recipe"),
+        (("--recipe", mixed_recipe, "--seed", 1, "--seq-len", 4), "--seed, --seq-len with --recipe: change the recipe"),
+        (("--recipe", mixed_recipe, "--dp", 3), "must be a multiple of dp_size=3"),
+        (("--recipe", mixed_recipe, "--dp", 0), "--dp is 0"),
+        (("--recipe", mixed_recipe, "--set", "data.sede=1"), "unknown key data.sede"),
+        (("--recipe", "debugg"), "unknown recipe 'debugg'"),
+    ]:
+        status, _, problem = run("digest", *arguments)
+        assert status == 2, arguments
+        assert message in problem
+
+
+def test_corpora_at_a_url_are_inspected_verified_and_hashed(run, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # shards are kept in ./data
+    with faulty.serving(small.folder) as server:
+        status, text, _ = run("verify", server.url)
+        assert (status, text.endswith("all as built\n")) == (0, True)
+        assert run("inspect", server.url)[1].splitlines()[1:] == run("inspect", small.path)[1].splitlines()[1:]
+        assert run("digest", server.url)[:2] == run("digest", small.path)[:2]

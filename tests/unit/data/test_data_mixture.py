@@ -2,16 +2,18 @@
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from itertools import islice
 
 import numpy as np
 import pytest
 
+from loopline.data_pipeline.batch import Batch
 from loopline.data_pipeline.digest import batch_digest
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.mixture import WEIGHT_UNIT, Mixture, Source, choose_source, is_extension
 from loopline.data_pipeline.stream import GlobalBatchStream
+from loopline.data_pipeline.supply import check_supply
 from loopline.pretrain import corpus
 from loopline.pretrain.config import load_config
 from loopline.pretrain.errors import ConfigError
@@ -282,13 +284,112 @@ def test_bad_recipes_are_refused(manifests, overrides, message):
         load_config("debug", [*SMALL_RUN, sources, *overrides])
 
 
-def test_too_few_tokens_are_refused_before_the_run(manifests):
+def is_refused(data, n_steps, states=None, step=0, **settings):
+    """Whether a run that goes on at `step` and ends at `n_steps` is refused for want of data."""
+    settings = {**STREAM, **settings}
+    [stream] = open_ranks(data, 1, states, step=step, **settings)
+    try:
+        check_supply(
+            data,
+            stream.state_dict(),
+            seed=settings["seed"],
+            seq_len=settings["seq_len"],
+            sequences_per_lane=settings["global_batch_sequences"] // settings["n_lanes"],
+            step=step,
+            n_steps=n_steps,
+        )
+    except DataError:
+        return True
+    return False
+
+
+def last_step(data, states=None, step=0, **settings):
+    """The steps a run has when its data is used up."""
+    [stream] = open_ranks(data, 1, states, step=step, **settings)
+    batches: list[Batch] = []
+    with pytest.raises(DataError, match=r"used up at step"):
+        deque(map(batches.append, stream), maxlen=0)
+    return step + len(batches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n_lanes", [1, 2, 4])
+def test_a_run_is_refused_exactly_where_a_lane_runs_out(manifests, seed, n_lanes):
+    """From its start, from a checkpoint, and where the checkpoint is of a run with one of the data sets."""
+    settings = {"seed": seed, "n_lanes": n_lanes}
+    data = mix(manifests, {"a": 3, "b": 1, "c": 2}, max_epochs={"a": 1, "b": 2, "c": 3})
+    n_steps = last_step(data, **settings)
+    assert not is_refused(data, n_steps, **settings)
+    assert is_refused(data, n_steps + 1, **settings)
+    for before in (data, manifests["a"]):
+        ranks = open_ranks(before, **settings)
+        for step in range(1, 5):
+            next(ranks[0])
+            saved = {"states": states_of(ranks), "step": step}
+            n_steps = last_step(data, **saved, **settings)
+            assert not is_refused(data, n_steps, **saved, **settings)
+            assert is_refused(data, n_steps + 1, **saved, **settings)
+            ranks = open_ranks(data, 1, **saved, **settings)
+
+
+def test_lanes_may_run_out_before_the_total(manifests):
+    """Why totals do not tell: a lane has its own records, other ones in each epoch."""
+    data = mix(manifests, {"a": 1, "b": 1}, max_epochs={"a": 1, "b": 1})
+    n_tokens = sum(manifests[name].split("train").n_tokens for name in "ab")
+    n_steps = n_tokens // (STREAM["global_batch_sequences"] * 2)
+    assert last_step(data, n_lanes=4, seq_len=2) < n_steps
+    assert is_refused(data, n_steps, n_lanes=4, seq_len=2)
+
+
+SCHEDULES = [
+    # Phases that share no source; that share all; that share some, with and without sources that end on the way.
+    ({"a": 1, "b": 0, "c": 0}, {"a": 80}, {150: {"a": 0, "b": 2, "c": 1}}),
+    ({"a": 1, "b": 1, "c": 1}, {}, {150: {"a": 8, "b": 1, "c": 1}, 300: {"a": 1, "b": 1, "c": 8}}),
+    ({"a": 6, "b": 3, "c": 1}, {"a": 80}, {200: {"a": 0, "b": 1, "c": 1}}),
+    ({"a": 6, "b": 3, "c": 1}, {"a": None}, {200: {"a": 0, "b": 1, "c": 1}}),
+    ({"a": 1, "b": 4, "c": 4}, {"a": 80, "c": 8}, {400: {"a": 0, "b": 1, "c": 1}, 500: {"a": 1, "b": 0, "c": 1}}),
+]
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize(("weights", "max_epochs", "schedule"), SCHEDULES)
+def test_a_run_over_a_schedule_is_refused_where_a_lane_may_run_out(manifests, packing, weights, max_epochs, schedule):
+    """Never later than it does, and with whole sequences not much earlier."""
+    data = mix(manifests, weights, max_epochs={"a": 20, "b": 20, "c": 20, **max_epochs}, schedule=schedule)
+    settings = {"seq_len": 3 if packing == "best_fit" else 2, "packing": packing}
+    n_steps = last_step(data, **settings)
+    assert n_steps > max(schedule)
+    assert is_refused(data, n_steps + 1, **settings)
+    if packing == "concat":
+        assert not is_refused(data, round(0.9 * n_steps), **settings)
+
+
+def test_an_endless_source_lasts(manifests):
+    data = mix(manifests, {"a": 1, "b": 1}, max_epochs={"b": 1}, schedule={90: {"a": 0, "b": 1}})
+    assert not is_refused(data, 90)
+    assert is_refused(data, 200)
+    assert not is_refused(mix(manifests, {"a": 0.001, "b": 1}, max_epochs={"b": 1}), 10**9)
+
+
+def test_a_run_that_its_sources_do_not_last_is_refused_before_it_starts(manifests):
     sources = sources_override(manifests, a={"max_epochs": 1}, b={"max_epochs": 2})
-    n_tokens = sum(n * manifests[name].split("train").n_tokens for name, n in {"a": 1, "b": 2}.items())
-    n_steps = n_tokens // 32
-    corpus.open_data(load_config("debug", [*SMALL_RUN, sources, f"train.steps={n_steps}"]), 0)
-    with pytest.raises(DataError, match=rf"data.sources hold {n_tokens} tokens, each read max_epochs times"):
-        corpus.open_data(load_config("debug", [*SMALL_RUN, sources, f"train.steps={n_steps + 1}"]), 0)
+    settings = [*SMALL_RUN, sources, "data.shuffle_records=2"]
+    data = corpus.open_data(load_config("debug", settings), 0)
+    n_steps = last_step(data)
+
+    def check(*overrides):
+        config = load_config("debug", [*settings, *overrides])
+        corpus.check_supply(config, data, open_stream(config, data, 0, 1, None).state_dict(), 0)
+
+    check(f"train.steps={n_steps}")
+    check(f"train.steps={n_steps + 1}", f"train.stop_at_step={n_steps}")
+    message = (
+        rf"data.sources run out in lane [01] of 2 at step {n_steps} or soon after, the run ends at step {n_steps + 1}: "
+        rf"from step 0 on a, b, each read max_epochs times, are sure to have {2 * n_steps}|{2 * n_steps + 1} sequences "
+        rf"of 8 tokens there, and {2 * n_steps + 2} are needed. Raise max_epochs in data.sources, add a source"
+    )
+    with pytest.raises(DataError, match=message):
+        check(f"train.steps={n_steps + 1}")
 
 
 def test_the_choice_never_changes():

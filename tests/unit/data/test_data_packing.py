@@ -13,7 +13,9 @@ from loopline.data_pipeline.lane import LaneStream
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.packing import (
     IGNORED_LABEL,
-    fill_sequence,
+    Place,
+    Window,
+    fill_sequences,
     pack_concatenated,
     padding_sequence,
     plan_best_fit,
@@ -35,24 +37,29 @@ CASES = {
 def make_documents(lengths):
     """Distinct tokens, so that every token tells where it came from."""
     ends = np.cumsum(lengths)
-    return np.split(np.arange(ends[-1]) + 10, ends[:-1])
+    return np.split(np.arange(10, ends[-1] + 10, dtype=np.uint16), ends[:-1])
 
 
-def pack(documents, seq_len, **settings):
-    positions = [{"epoch": 0, "window": 0, "document": i} for i in range(len(documents))]
-    return list(pack_concatenated(iter(zip(documents, positions)), seq_len, **settings))
+def pack(documents, seq_len, *, window=1000, **settings):
+    """(sequence, documents of earlier windows + place in its own) for windows of so many documents."""
+    windows = [Window(0, i, documents[i : i + window]) for i in range(0, len(documents), window)]
+    return [
+        (sequence, Place(packed.number + place[0], place[1]))
+        for packed in pack_concatenated(windows, seq_len, **settings)
+        for sequence, place in zip(packed.sequences, packed.places, strict=True)
+    ]
 
 
+@pytest.mark.parametrize("window", [1, 2, 1000])
 @pytest.mark.parametrize(("lengths", "seq_len"), CASES.values(), ids=CASES)
-def test_packing_follows_the_rules(lengths, seq_len):
+def test_packing_follows_the_rules(lengths, seq_len, window):
     documents = make_documents(lengths)
     stream = np.concatenate(documents)
     last_tokens = {int(document[-1]) for document in documents}
     first_tokens = {int(document[0]) for document in documents}
-    packed = [sequence for sequence, _ in pack(documents, seq_len, pad_id=0)]
-
-    inputs = np.concatenate([sequence.tokens for sequence in packed])
-    labels = np.concatenate([sequence.labels for sequence in packed])
+    packed = [sequence for sequence, _ in pack(documents, seq_len, window=window, pad_id=0)]
+    batch = Batch.stack(packed, range(len(packed)))
+    inputs, labels = batch.tokens.ravel(), batch.labels.ravel()
     n = len(stream)
     np.testing.assert_array_equal(inputs[:n], stream)  # every token an input, once, in order
     assert len(inputs) - n < seq_len
@@ -61,8 +68,7 @@ def test_packing_follows_the_rules(lengths, seq_len):
     for token, label in zip(stream, labels[:n]):
         assert label == (IGNORED_LABEL if int(token) in last_tokens else token + 1)
 
-    for sequence in packed:
-        bounds = sequence.cu_seqlens
+    for sequence, bounds in zip(packed, batch.cu_seqlens):
         assert bounds.dtype == np.int32
         assert (bounds[0], bounds[-1]) == (0, seq_len)
         assert (np.diff(bounds) > 0).all()
@@ -76,18 +82,22 @@ def test_packing_follows_the_rules(lengths, seq_len):
 def test_packing_restarts_at_every_yielded_position(lengths, seq_len):
     documents = make_documents(lengths)
     packed = pack(documents, seq_len, pad_id=0)
-    for i, (_, position) in enumerate(packed):
-        rest = pack(documents[position["document"] :], seq_len, offset=position["offset"], pad_id=0)
+    for i, (_, place) in enumerate(packed):
+        rest = pack(documents, seq_len, start=place, pad_id=0)
         assert len(rest) == len(packed) - i - 1
-        for (sequence, _), (expected, _) in zip(rest, packed[i + 1 :]):
-            np.testing.assert_array_equal(sequence.tokens, expected.tokens)
-            np.testing.assert_array_equal(sequence.labels, expected.labels)
-            np.testing.assert_array_equal(sequence.cu_seqlens, expected.cu_seqlens)
+        if rest:
+            found, expected = (
+                Batch.stack([each for each, _ in some], range(len(rest))) for some in (rest, packed[i + 1 :])
+            )
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+            assert found.segment_ends == expected.segment_ends
 
 
-def test_an_offset_past_the_document_is_refused():
-    with pytest.raises(DataError, match=r"4 tokens into a document of 3"):
-        pack(make_documents([3, 3]), 2, offset=4)
+@pytest.mark.parametrize("start", [Place(0, 4), Place(2, 0)])
+def test_a_start_past_the_documents_is_refused(start):
+    with pytest.raises(DataError, match=rf"{start.offset} tokens into document {start.document} .*points past"):
+        pack(make_documents([3, 3]), 2, start=start)
 
 
 def test_micro_batches_lay_sequences_end_to_end():
@@ -98,7 +108,8 @@ def test_micro_batches_lay_sequences_end_to_end():
     assert [half.cu_seqlens.tolist() for half in halves] == [[0, 3, 4, 5, 10], [0, 3, 5, 10]]
     assert halves[0].positions.tolist() == [[0, 1, 2, 0, 0, 0, 1, 2, 3, 4]]
     assert halves[0].cu_seqlens.dtype == np.int32
-    assert halves[0].tokens.dtype == halves[0].labels.dtype == halves[0].positions.dtype == np.int64
+    assert halves[0].tokens.dtype == np.uint16  # as stored
+    assert halves[0].labels.dtype == halves[0].positions.dtype == np.int32
     for size in (1, 2, 4):
         micro_batches = batch.micro_batches(size)
         np.testing.assert_array_equal(np.concatenate([m.tokens[0] for m in micro_batches]), batch.tokens.ravel())
@@ -172,13 +183,13 @@ def test_best_fit_pads_little_and_cuts_only_what_must_be_cut(tmp_path_factory):
     for sequence, _ in stream:
         n_tokens += seq_len
         n_padding += sequence.n_padding
-        bounds = [bound for bound in sequence.cu_seqlens.tolist() if bound <= seq_len - sequence.n_padding]
+        bounds = [bound for bound in (0, *sequence.ends) if bound <= seq_len - sequence.n_padding]
         pieces += [sequence.tokens[start:end] for start, end in pairwise(bounds)]
     share = n_padding / n_tokens
     assert 0 < share < 0.01, share
     documents = [document for record in range(reader.n_records) for document in reader.documents(record)]
     whole = Counter(document.tobytes() for document in documents if len(document) <= seq_len)
-    found = Counter(piece.astype(documents[0].dtype).tobytes() for piece in pieces)
+    found = Counter(piece.tobytes() for piece in pieces)
     assert all(found[document] >= n for document, n in whole.items())
     assert len(pieces) == sum(-(-len(document) // seq_len) for document in documents)
     assert sum(map(len, pieces)) == sum(map(len, documents))
@@ -202,10 +213,10 @@ def test_best_fit_and_its_order_never_change(small):
 
 def test_a_batch_counts_its_padding():
     documents = make_documents([5, 2])
-    sequences = [fill_sequence(documents, pieces, 4, 0) for pieces in plan_best_fit([5, 2], 4)]
+    sequences = fill_sequences(documents, plan_best_fit([5, 2], 4), 4, 0)
     assert [sequence.n_padding for sequence in sequences] == [0, 1]
     assert Batch.stack(sequences, [0, 1]).n_padding == 1
-    assert Batch.stack([*sequences, padding_sequence(4, 0)], range(3)).n_padding == 5
+    assert Batch.stack([*sequences, padding_sequence(4, 0, "uint16")], range(3)).n_padding == 5
 
 
 def test_best_fit_states_that_do_not_fit_are_refused(small):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from loopline.data_pipeline.batch import Batch
 from loopline.data_pipeline.digest import batch_digest
 from loopline.data_pipeline.lane import LaneStream
 from loopline.data_pipeline.mixture import choose_source
-from loopline.data_pipeline.packing import IGNORED_LABEL, fill_sequence, plan_best_fit
+from loopline.data_pipeline.packing import IGNORED_LABEL, fill_sequences, plan_best_fit
 from loopline.data_pipeline.shards import SplitReader
 from loopline.data_pipeline.stream import GlobalBatchStream
 
@@ -39,33 +40,37 @@ def best_fit_by_search(lengths, seq_len):
 @example([40, 41, 39, 1], 40)
 def test_best_fit_places_every_token_once_as_the_definition_does(lengths, seq_len):
     plan = plan_best_fit(lengths, seq_len)
-    used = Counter((p.document, t) for pieces in plan for p in pieces for t in range(p.offset, p.offset + p.length))
+    used = Counter((d, t) for pieces in plan for d, offset, length in pieces for t in range(offset, offset + length))
     assert used == Counter((document, t) for document, n in enumerate(lengths) for t in range(n))
-    assert all(sum(piece.length for piece in pieces) <= seq_len for pieces in plan)
-    n_pieces = Counter(piece.document for pieces in plan for piece in pieces)
+    assert all(sum(length for _, _, length in pieces) <= seq_len for pieces in plan)
+    n_pieces = Counter(document for pieces in plan for document, _, _ in pieces)
     assert all(n_pieces[document] == -(-n // seq_len) for document, n in enumerate(lengths))
-    assert sorted(seq_len - sum(p.length for p in pieces) for pieces in plan) == best_fit_by_search(lengths, seq_len)
+    assert sorted(seq_len - sum(length for _, _, length in pieces) for pieces in plan) == best_fit_by_search(
+        lengths, seq_len
+    )
 
 
 @settings(COMMON, max_examples=80)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 40))
 def test_filled_sequences_follow_the_packing_rules(lengths, seq_len):
     ends = np.cumsum(lengths)
-    documents = np.split(np.arange(ends[-1]) + 10, ends[:-1])
+    documents = np.split(np.arange(10, ends[-1] + 10, dtype=np.uint16), ends[:-1])
     last_tokens = {int(document[-1]) for document in documents}
-    for pieces in plan_best_fit(lengths, seq_len):
-        sequence = fill_sequence(documents, pieces, seq_len, 0)
+    plan = plan_best_fit(lengths, seq_len)
+    for pieces, sequence in zip(plan, fill_sequences(documents, plan, seq_len, 0), strict=True):
+        batch = Batch.stack([sequence], [0])
+        [tokens], [labels], [cu_seqlens] = batch.tokens, batch.labels, batch.cu_seqlens
         n = seq_len - sequence.n_padding
-        bounds = np.cumsum([0, *(piece.length for piece in pieces)])
-        assert sequence.cu_seqlens.tolist() == sorted({*bounds.tolist(), seq_len})
-        assert sequence.cu_seqlens.dtype == np.int32
-        for piece, start in zip(pieces, bounds):
-            expected = documents[piece.document][piece.offset : piece.offset + piece.length]
-            np.testing.assert_array_equal(sequence.tokens[start : start + piece.length], expected)
-        for token, label in zip(sequence.tokens[:n], sequence.labels[:n]):
+        bounds = np.cumsum([0, *(length for _, _, length in pieces)])
+        assert cu_seqlens.tolist() == sorted({*bounds.tolist(), seq_len})
+        assert cu_seqlens.dtype == np.int32
+        for (document, offset, length), start in zip(pieces, bounds):
+            expected = documents[document][offset : offset + length]
+            np.testing.assert_array_equal(tokens[start : start + length], expected)
+        for token, label in zip(tokens[:n], labels[:n]):
             assert label == (IGNORED_LABEL if int(token) in last_tokens else token + 1)
-        assert (sequence.tokens[n:] == 0).all()
-        assert (sequence.labels[n:] == IGNORED_LABEL).all()
+        assert (tokens[n:] == 0).all()
+        assert (labels[n:] == IGNORED_LABEL).all()
 
 
 @settings(COMMON, max_examples=60)

@@ -1,15 +1,19 @@
 """A data set at a URL gives the tokens it gives from its folder, through a cache that is bounded and shared."""
 
-import importlib.util
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import faulty_server as faulty
 import numpy as np
@@ -220,12 +224,88 @@ def test_a_forked_worker_can_fetch(server, settings):
         assert pool.apply_async(open_shard, (manifest, 0)).get(timeout=10) == expected
 
 
+WITHOUT = """
+import sys
+from loopline.data_pipeline.manifest import Manifest
+sys.modules[sys.argv[1]] = None  # what an import finds where the package is not installed
+try:
+    Manifest.load(sys.argv[2])
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_object_stores_name_the_package_they_need(scheme, package, settings):
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
-    with pytest.raises(DataError, match=rf"{scheme}://bucket/data/manifest.json needs the package {package} .*pip"):
-        Manifest.load(f"{scheme}://bucket/data", settings)
+def test_object_stores_name_the_package_they_need(scheme, package):
+    command = [sys.executable, "-c", WITHOUT, package, f"{scheme}://bucket/data"]
+    message = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert f"DataError {scheme}://bucket/data/manifest.json needs the package {package}" in message
+    assert f"pip install {package}, or copy the data to a local path" in message
+
+
+class ForwardProxy(BaseHTTPRequestHandler):
+    """Answers for one host name that only it knows, `data.invalid`; refuses tunnels."""
+
+    target = ""
+    requested: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.requested.append(f"GET {self.path}")
+        try:
+            with DIRECT.open(self.path.replace("http://data.invalid", self.target)) as answer:
+                body, status = answer.read(), 200
+        except urllib.error.HTTPError as error:
+            body, status = b"", error.code
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_CONNECT(self) -> None:
+        self.requested.append(f"CONNECT {self.path}")
+        self.send_error(403)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture
+def proxy(server: faulty.FaultyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ForwardProxy]]:
+    """A running proxy that the environment names."""
+    handler = type("Proxy", (ForwardProxy,), {"target": server.url.removesuffix("/data"), "requested": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.lower(), raising=False)
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{running.server_port}")
+        Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield handler
+        running.shutdown()
+
+
+def test_a_proxy_of_the_environment_is_used(small, proxy, settings):
+    manifest = Manifest.load("http://data.invalid/data", settings)
+    shard = small.splits["train"].shards[0]
+    assert open_shard(manifest, 0) == (small.folder / shard.name).read_bytes()
+    assert proxy.requested[0] == "GET http://data.invalid/data/manifest.json"
+    assert proxy.requested[-1] == f"GET http://data.invalid/data/{shard.name}"
+
+
+def test_https_goes_through_a_tunnel_of_the_proxy(proxy, settings):
+    with pytest.raises(DataError, match=r"https://data.invalid/data/manifest.json is refused: HTTP status 403"):
+        Manifest.load("https://data.invalid/data", settings)
+    assert proxy.requested == ["CONNECT data.invalid:443"]
+
+
+def test_no_proxy_names_hosts_that_are_asked_directly(server, proxy, settings, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    Manifest.load(server.url, settings)
+    assert proxy.requested == []
+    assert server.count("manifest.json") == 1
 
 
 def test_a_run_opens_a_corpus_at_a_url(small, server, tmp_path, caplog):
@@ -238,3 +318,43 @@ def test_a_run_opens_a_corpus_at_a_url(small, server, tmp_path, caplog):
     assert manifest.folder.is_relative_to(tmp_path / "cache")
     assert store_of(manifest).settings.cache_bytes == 60000
     assert "Raise data.cache_bytes to hold them all" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["data.retry_timeout_s=1770"], r"must be below train.hang_timeout_s = 1800, .* or raise train.hang_timeout_s"),
+        (["train.hang_timeout_s=630"], r"= 600 \+ data.read_timeout_s = 30, .* file of data.manifest, must be below"),
+        (
+            ["data.workers=1", "data.retry_timeout_s=1470"],
+            r"below 1500, when a worker of data.workers is given up: low",
+        ),
+        (["data.read_timeout_s=1300"], r"data.read_timeout_s = 1300"),
+        (["data.manifest=S3://b/c", "data.retry_timeout_s=1770"], r"must be below train.hang_timeout_s = 1800"),
+        (["data.retry_timeout_s=1769"], None),
+        (["data.workers=1", "data.retry_timeout_s=1469"], None),
+        (["data.manifest=/local", "data.retry_timeout_s=9999"], None),
+        (["data.manifest=file:///local", "data.retry_timeout_s=9999"], None),
+    ],
+)
+def test_a_server_may_not_be_slower_than_the_run_waits(overrides, problem):
+    from loopline.pretrain.config import load_config
+    from loopline.pretrain.errors import ConfigError
+
+    config = load_config("debug", ["data.manifest=https://user:word@host/corpus", *overrides])
+    if problem is None:
+        config.validate_for(1)
+        return
+    with pytest.raises(ConfigError, match=problem) as raised:
+        config.validate_for(1)
+    assert "word" not in str(raised.value)
+
+
+def test_a_source_that_may_be_slower_than_the_run_waits_is_named():
+    from loopline.pretrain.config import load_config
+    from loopline.pretrain.errors import ConfigError
+
+    sources = "data.sources=[{name='near', manifest='/local'}, {name='far', manifest='gs://bucket/far'}]"
+    config = load_config("debug", ["data.manifest=''", sources, "data.retry_timeout_s=1800"])
+    with pytest.raises(ConfigError, match=r"wait for one file of data.sources \(far\), must be below"):
+        config.validate_for(1)
