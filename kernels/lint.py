@@ -2,10 +2,11 @@
 
     python -m loopline.kernels.lint [--capability 90] [--op gated_delta ...]
 
-An op that has Triton kernels lists the calls it should serve in its `lint_cases.py`; they are made here on CPU tensors
-while every launch compiles its kernel instead of running it. So exactly what a launch would use is compiled, with
-Triton's own specialisation. Fails where a kernel does not compile, takes more shared memory than an SM has, spills more
-than its budget, or runs its products without the tensor-core instruction of the target. Prints a line a kernel.
+An op that has Triton kernels lists the calls it should serve in its `lint_cases.py` (`cases`, with budgets by kernel,
+and `fp32_cases`). They are made here on CPU tensors while every launch compiles its kernel instead of running it. So
+exactly what a launch would use is compiled, with Triton's own specialisation. Fails where a kernel does not compile,
+takes more shared memory than an SM has, spills more than its budget, or runs its products without the tensor-core
+instruction of the target. Prints a line a kernel.
 """
 
 import argparse
@@ -23,7 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-OPS: tuple[str, ...] = ()  # folders of kernels/ that have a lint_cases.py
+OPS = ("attention", "dsa", "gated_delta")  # folders of kernels/ that have a lint_cases.py
+# Exact fp32 products have no tensor-core form, and their operands fill the registers: such kernels serve comparisons,
+# not training, and have to compile, fit, and spill no more than this.
+FP32_STACK_BYTES = 4096
 SHARED_BYTES = {90: 227 * 1024}  # what one program may have, by compute capability
 
 
@@ -125,6 +129,9 @@ def check(op: str, capability: int) -> Iterator[tuple[Figures, list[str]]]:
     for case, call in module.cases():
         for figures in compile_call(f"{op} {case}", call, capability):
             yield figures, figures.problems(module.BUDGETS.get(figures.kernel, Budget()), capability)
+    for case, call in module.fp32_cases():
+        for figures in compile_call(f"{op} {case}", call, capability):
+            yield figures, figures.problems(Budget(FP32_STACK_BYTES, needs_wgmma=False), capability)
 
 
 def _figures(case: str, name: str, kernel: Any) -> Figures:

@@ -19,6 +19,8 @@ class RowContext:
             language-model loss has; None where nothing is trained.
         memory: by block, what its earlier loops left in this row. A block recomputed in backward writes the same again.
         is_measured: whether mixers record figures that cost extra, at evaluations.
+        draw: what a mixer that samples draws by: the same in every layout, after a resumption and when a block is
+            recomputed, another for every row.
         figures: by name, numerator and denominator for the logs; see `BlockContext.record`.
     """
 
@@ -26,6 +28,7 @@ class RowContext:
     n_loops: int
     auxiliary_scale: float | None = None
     is_measured: bool = False
+    draw: int = 0
     memory: dict[int, dict[Any, Any]] = field(default_factory=dict)
     figures: dict[str, dict[tuple[int, int], tuple[Tensor, Tensor | int]]] = field(default_factory=dict)
 

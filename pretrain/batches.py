@@ -1,5 +1,6 @@
 """Batches on the device: the numpy rows of data_pipeline as the tensors the model takes."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ def to_device(
     auxiliary_scale: float | None = None,
     is_measured: bool = False,
 ) -> list[MicroBatch]:
-    """A rank's batch as micro-batches on `device`. The last three are RowContext's."""
+    """A rank's batch as micro-batches on `device`. The last three are RowContext's; its draw hashes the tokens."""
     return [
         MicroBatch(
             _moved(micro.tokens, device),
@@ -44,6 +45,7 @@ def to_device(
                 n_loops,
                 auxiliary_scale,
                 is_measured,
+                draw=zlib.crc32(micro.tokens.tobytes()),
             ),
         )
         for micro in batch.micro_batches(micro_batch_sequences)

@@ -11,7 +11,7 @@ from loopline.kernels.attention import reference
 from loopline.kernels.backends import check_boundaries, check_heads, unknown
 from loopline.kernels.tables import boundaries_on
 
-BACKENDS = ("sdpa", "fla", "reference")  # preferred first
+BACKENDS = ("sdpa", "fla", "triton", "flex", "reference")  # preferred first
 
 # Queries to a call under a small window: below this a call costs more to start than to run.
 _MIN_QUERIES = 128
@@ -27,7 +27,7 @@ def packed_attention(
         k, v: [1, T, G, D], G divides H (grouped queries).
         cu_seqlens: N + 1 document boundaries on the host, from 0 to T.
         window: keys t - window < s <= t are seen by query t, itself included; None means the whole document.
-        backend: "sdpa", "fla" or "reference"; resolve "auto" once with `kernels.backends.check_backend`.
+        backend: one of BACKENDS; resolve "auto" once with `kernels.backends.check_backend`.
     Returns:
         [1, T, H, D] in v.dtype.
     Raises:
@@ -44,6 +44,14 @@ def packed_attention(
         return _windowed(q, k, v, lengths, window)
     if backend == "fla":
         return _fla(q, k, v, cu_seqlens, window)
+    if backend == "triton":
+        from loopline.kernels.attention.launch import flash_attention
+
+        return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window)[0]
+    if backend == "flex":
+        from loopline.kernels.attention.flex_backend import flex
+
+        return flex(q, k, v, cu_seqlens, window)
     if backend == "reference":
         return reference.dense_attention(q, k, v, cu_seqlens, window=window)
     raise unknown("packed_attention", backend, BACKENDS)

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopline.kernels.dsa.bitmask import Bitmask, spread
+
+ROW_TILE = 64  # queries that enter a sampled loss, or stay out of it, together
+
+Selection = Tensor | Bitmask  # [Tq, K], positions in the row, -1 empty; or bits
+
 
 @dataclass(frozen=True)
 class Block:
@@ -38,11 +44,13 @@ class Block:
         mask = torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=device)
         return mask.tril(self.n_keys - self.n_queries)
 
-    def allowed(self, selection: Tensor | None, device: torch.device) -> Tensor:
-        """[BT, S], bool: the causal keys in `selection` ([Tq, K], positions in the row, -1 empty); None means all."""
+    def allowed(self, selection: Selection | None, device: torch.device) -> Tensor:
+        """[BT, S], bool: the causal keys in `selection`; None means all."""
         causal = self.causal(device)
         if selection is None:
             return causal
+        if isinstance(selection, Bitmask):
+            return spread(selection.words[self.queries, : -(-self.n_keys // 32)])[:, : self.n_keys] & causal
         local = selection[self.queries].long() - self.keys.start
         local = local.masked_fill((local < 0) | (local >= self.n_keys), self.n_keys)  # one spare column takes the rest
         return causal.new_zeros(self.n_queries, self.n_keys + 1).scatter_(1, local, True)[:, :-1] & causal
@@ -60,3 +68,20 @@ def blocks(cu_seqlens: list[int], n_queries: int, block_size: int) -> Iterator[B
         for first in range(max(start, n_past), end, block_size):
             last = min(first + block_size, end)
             yield Block(slice(first - n_past, last - n_past), slice(start, last))
+
+
+def sampled_blocks(
+    cu_seqlens: list[int], n_queries: int, block_size: int, row_stride: int, row_offset: int
+) -> Iterator[Block]:
+    """`blocks` over every `row_stride`-th tile of ROW_TILE queries of the row, from tile `row_offset` on.
+
+    Tiles are cut from the start of each document and numbered through the row.
+    """
+    if row_stride == 1:
+        yield from blocks(cu_seqlens, n_queries, block_size)
+        return
+    tiles = blocks(cu_seqlens, n_queries, ROW_TILE)
+    for tile in itertools.islice(tiles, row_offset, None, row_stride):
+        for first in range(tile.queries.start, tile.queries.stop, block_size):
+            last = min(first + block_size, tile.queries.stop)
+            yield Block(slice(first, last), slice(tile.keys.start, tile.keys.stop - (tile.queries.stop - last)))

@@ -1,24 +1,26 @@
 """DeepSeek sparse attention for grouped queries: an indexer picks keys, attention sees only those, a KL term trains it.
 
-Plain torch, by blocks of queries. The model learns through `sparse_attention` only and the indexer through
-`indexer_loss` only; nothing flows through the selection. Projections and rotary positions are the mixer's.
+The model learns through `sparse_attention` only and the indexer through `indexer_loss` only; nothing flows through the
+selection. Projections and rotary positions are the mixer's. What is written out here is the reference, plain torch by
+blocks of queries; launch.py has the Triton kernels.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loopline.kernels.backends import check_boundaries
-from loopline.kernels.dsa.blocks import Block, blocks
+from loopline.kernels.backends import check_boundaries, unknown
+from loopline.kernels.dsa.bitmask import Bitmask, n_words, population
+from loopline.kernels.dsa.blocks import Block, Selection, blocks, sampled_blocks
 from loopline.kernels.precision import wide
 
-BACKENDS = ("reference",)  # no function here takes a backend while there is only one
+BACKENDS = ("triton", "reference")  # preferred first
 
-SumHeads = Callable[[Tensor], Tensor]  # [BT, S] over this rank's heads -> the same over all heads
+SumHeads = Callable[[Tensor], Tensor]  # sums over this rank's heads, of any shape -> the same over all heads
 
 
 class IndexerLoss(NamedTuple):
@@ -54,10 +56,43 @@ def index_scores(q_index: Tensor, k_index: Tensor, weights: Tensor) -> Tensor:
     return _weigh(_index_heads(q_index, k_index), weights)
 
 
+@overload
+def select(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    *,
+    top_k: int,
+    cu_seqlens: list[int],
+    block_size: int = 128,
+    backend: Literal["reference"] = "reference",
+) -> Tensor: ...
+
+
+@overload
+def select(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    *,
+    top_k: int,
+    cu_seqlens: list[int],
+    block_size: int = 128,
+    backend: str,
+) -> Selection: ...
+
+
 @torch.no_grad()
 def select(
-    q_index: Tensor, k_index: Tensor, weights: Tensor, *, top_k: int, cu_seqlens: list[int], block_size: int = 128
-) -> Tensor:
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    *,
+    top_k: int,
+    cu_seqlens: list[int],
+    block_size: int = 128,
+    backend: str = "reference",
+) -> Selection:
     """The `top_k` keys of each query's own past with the highest index scores, shared by all attention heads.
 
     A query with fewer than top_k tokens up to its own takes each of them once. Of equal scores the lower position wins.
@@ -69,18 +104,24 @@ def select(
         weights: [1, Tq, HI], scaled by the caller, see `index_scores`.
         top_k: >= 1.
         cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
-        block_size: queries scored at once; memory is block_size * HI * T.
+        block_size: queries scored at once by the reference; memory is block_size * HI * T.
+        backend: "triton" wants Tq = T and no fp64.
     Returns:
-        [Tq, K], int32, K = min(top_k, longest document): positions in the row, rising, then -1 in the empty slots.
-        No gradient.
+        What the other functions here take. From "triton" a Bitmask; from "reference" [Tq, K], int32,
+        K = min(top_k, longest document): positions in the row, rising, then -1 in the empty slots. No gradient.
     Raises:
-        ValueError: shapes disagree, bad cu_seqlens, top_k or block_size below 1.
+        ValueError: shapes disagree, bad cu_seqlens, top_k or block_size below 1, or what no kernel serves.
+        BackendError: unknown backend.
     Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 1 and 2.
     """
     _check_index(q_index, k_index, weights)
     _check_row(q_index, k_index, cu_seqlens, block_size)
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if _is_triton(backend):
+        from loopline.kernels.dsa.launch import select_bits
+
+        return select_bits(q_index, k_index, weights, top_k=top_k, cu_seqlens=cu_seqlens)
     n_slots = min(top_k, max(end - start for start, end in itertools.pairwise(cu_seqlens)))
     selection = torch.empty(q_index.shape[1], n_slots, dtype=torch.int32, device=q_index.device)
     for block in blocks(cu_seqlens, q_index.shape[1], block_size):
@@ -93,53 +134,86 @@ def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: Tensor | None,
+    selection: Selection | None,
     *,
     cu_seqlens: list[int],
     scale: float | None = None,
     block_size: int = 128,
+    backend: str = "reference",
 ) -> Tensor:
     """softmax(scale q k^T) v over the selected keys of each query; gradients to q, k and v.
 
-    Each block is recomputed in the backward pass, so probabilities are not kept.
+    Probabilities are not kept for the backward pass.
 
     Args:
         q: [1, Tq, H, D]. Tq < T only with a single document: then its last Tq tokens (decoding).
         k: [1, T, G, D], G divides H (grouped queries).
         v: [1, T, G, V].
-        selection: [Tq, K] from `select`; None means all of the past (dense warm-up). Positions outside a query's past
-            are ignored; a query left with none gives NaN.
+        selection: from `select`; None means all of the past (dense warm-up). Keys outside a query's past are ignored; a
+            query left with none gives NaN, and 0 from "triton".
         cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
         scale: factor on q k^T; None means D ** -0.5.
-        block_size: queries attended at once; memory is block_size * H * T.
+        block_size: queries attended at once by the reference; memory is block_size * H * T.
+        backend: "triton" wants Tq = T, a Bitmask, and what kernels/attention has tiles for.
     Returns:
-        [1, Tq, H, V] in v.dtype; computed in fp32, or in fp64 for fp64 inputs.
+        [1, Tq, H, V] in v.dtype. The reference computes in fp32, or in fp64 for fp64 inputs.
     Raises:
-        ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
+        ValueError: shapes disagree, bad cu_seqlens, block_size below 1, or what no kernel serves.
+        BackendError: unknown backend.
     Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 2; GQA: Ainslie et al., arXiv:2305.13245.
+    """
+    return sparse_attention_with_lse(
+        q, k, v, selection, cu_seqlens=cu_seqlens, scale=scale, block_size=block_size, backend=backend
+    )[0]
+
+
+def sparse_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | None,
+    *,
+    cu_seqlens: list[int],
+    scale: float | None = None,
+    block_size: int = 128,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor | None]:
+    """`sparse_attention`, and what `indexer_loss` of the same backend reuses of it.
+
+    Returns:
+        o: as `sparse_attention`.
+        lse: [H, T], fp32, log of the sum of exp(scale q k^T) over the selection, without gradient. The reference's loss
+            finds its own: None.
     """
     _check_attention(q, k, selection)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in [1, T, G]")
-    _check_row(q, k, cu_seqlens, block_size)
+    _check_row(q, k, cu_seqlens, block_size, selection)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if _is_triton(backend):
+        from loopline.kernels.attention.launch import flash_attention
+
+        bits = _bits(selection)
+        return flash_attention(
+            q, k, v, cu_seqlens=cu_seqlens, window=None, bitmask=None if bits is None else bits.words, scale=scale
+        )
     dtype, needs_grad = v.dtype, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     q, k, v = (wide(x[0]) for x in (q, k, v))  # once, so that gradients of k and v add up over blocks in fp32
-    outputs = []
+    outputs = []  # a block is recomputed in the backward pass
     for block in blocks(cu_seqlens, q.shape[0], block_size):
         inputs = (q[block.queries], k[block.keys], v[block.keys], selection, block, scale)
         if needs_grad:
             outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(_attend(*inputs))
-    return torch.cat(outputs)[None].to(dtype)
+    return torch.cat(outputs)[None].to(dtype), None
 
 
 @torch.no_grad()
 def indexer_loss(
     q: Tensor,
     k: Tensor,
-    selection: Tensor | None,
+    selection: Selection | None,
     *,
     q_index: Tensor,
     k_index: Tensor,
@@ -147,7 +221,11 @@ def indexer_loss(
     cu_seqlens: list[int],
     scale: float | None = None,
     sum_heads: SumHeads | None = None,
+    row_stride: int = 1,
+    row_offset: int = 0,
     block_size: int = 128,
+    backend: str = "reference",
+    lse: Tensor | None = None,
 ) -> IndexerLoss:
     """sum_t KL(p_t || softmax(I_t)) over a set of keys, with its gradients; p_t is what attention did, I the scores.
 
@@ -156,18 +234,29 @@ def indexer_loss(
     returned for each is that of KL(mean of p_t || softmax(I_t)). No graph is built; pass the gradients on by hand.
     A query with one key in its set adds exactly 0.
 
+    Under tensor parallelism the two backends sum different things over ranks. The reference sums the head sums of each
+    block, so that loss_sum is of all heads' mean attention. "triton" sums the gradients, once a call, which is the
+    same; its loss_sum is the mean over ranks, by heads, of each rank's divergence, which is no less, by what the ranks'
+    attention differs among itself.
+
     Args:
         q: [1, T, H, D], the main attention's.
         k: [1, T, G, D], G divides H.
-        selection: [T, K]: the set is the selected keys (sparse stage); None: all of the past (dense warm-up).
+        selection: the set is the selected keys (sparse stage); None: all of the past (dense warm-up).
         q_index, k_index, weights: [1, T, HI, DI], [1, T, DI], [1, T, HI], as given to `select`.
         cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
         scale: factor on q k^T; None means D ** -0.5.
-        sum_heads: adds up the head sums of all tensor-parallel ranks (an all-reduce), before normalising; called once
-            a block, with the same shapes on every rank. None: this rank has all heads.
-        block_size: queries at once; memory is block_size * (H + HI) * T.
+        sum_heads: adds up over all tensor-parallel ranks (an all-reduce); called as often, with the same shapes, on
+            every rank. None: this rank has all heads.
+        row_stride, row_offset: every `row_stride`-th tile of 64 queries enters, from number `row_offset` <
+            `row_stride` on, and counts that many times. The mean over all offsets is the whole.
+        block_size: queries at once in the reference; memory is block_size * (H + HI) * T.
+        backend: "triton" wants a Bitmask and `lse`.
+        lse: [H, T], from `sparse_attention_with_lse` over the same selection; the reference does not look at it.
     Raises:
-        ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
+        ValueError: shapes disagree, bad cu_seqlens, block_size or row_stride below 1, row_offset out of range, or what
+            no kernel serves.
+        BackendError: unknown backend.
     Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 3 (dense) and 4 (sparse).
     """
     _check_attention(q, k, selection)
@@ -175,12 +264,36 @@ def indexer_loss(
     if not q.shape[1] == k.shape[1] == q_index.shape[1] == k_index.shape[1]:
         tokens = [x.shape[1] for x in (q, k, q_index, k_index)]
         raise ValueError(f"tokens in q, k, q_index, k_index are {tokens}; the loss wants all alike")
-    _check_row(q, k, cu_seqlens, block_size)
+    _check_row(q, k, cu_seqlens, block_size, selection)
+    if not 0 <= row_offset < row_stride:
+        raise ValueError(f"row_offset is {row_offset}; it must be in [0, row_stride) = [0, {row_stride})")
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if _is_triton(backend):
+        from loopline.kernels.dsa.launch import loss_sums
+
+        if lse is None:
+            raise ValueError(
+                "indexer_loss with backend 'triton' wants lse, [H, T]: take it from sparse_attention_with_lse over the "
+                "same selection"
+            )
+        sums = loss_sums(
+            q,
+            k,
+            _bits(selection),
+            lse=lse,
+            q_index=q_index,
+            k_index=k_index,
+            weights=weights,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            row_stride=row_stride,
+            row_offset=row_offset,
+        )
+        return _over_heads(IndexerLoss(*sums), q.shape[2], row_stride, sum_heads)
     q, k, q_index, k_index, weights = (wide(x[0]) for x in (q, k, q_index, k_index, weights))
     loss_sum = q_index.new_zeros(())
     dq_index, dk_index, dweights = (torch.zeros_like(x) for x in (q_index, k_index, weights))
-    for block in blocks(cu_seqlens, q.shape[0], block_size):
+    for block in sampled_blocks(cu_seqlens, q.shape[0], block_size, row_stride, row_offset):
         rows, keys = block.queries, block.keys
         allowed = block.allowed(selection, q.device)
         target = _head_mass(q[rows], k[keys], allowed, scale, sum_heads)  # [BT, S]
@@ -194,14 +307,15 @@ def indexer_loss(
         dheads = dscores[:, None] * weights[rows][..., None] * (heads > 0)  # [BT, HI, S]; relu has slope 0 at 0
         dq_index[rows] = torch.einsum("tjs,sd->tjd", dheads, k_index[keys])
         dk_index[keys] += torch.einsum("tjs,tjd->sd", dheads, q_index[rows])
-    return IndexerLoss(loss_sum, dq_index[None], dk_index[None], dweights[None])
+    found = IndexerLoss(loss_sum, dq_index[None], dk_index[None], dweights[None])
+    return found if row_stride == 1 else IndexerLoss(*(row_stride * x for x in found))
 
 
 @torch.no_grad()
 def attention_recall(
     q: Tensor,
     k: Tensor,
-    selection: Tensor,
+    selection: Selection,
     *,
     cu_seqlens: list[int],
     scale: float | None = None,
@@ -213,35 +327,47 @@ def attention_recall(
     A query's mass is its dense probabilities averaged over heads. Recall is the ratio of the two sums.
 
     Args:
-        q, k, cu_seqlens, scale, sum_heads, block_size: as in `indexer_loss`.
-        selection: [T, K] from `select`; K keys (or all, where a query has fewer) is also what the best choice gets.
+        q, k, cu_seqlens, scale, sum_heads, block_size: as in `indexer_loss`, computed as its reference does.
+        selection: from `select`; as many keys (of lists K, or all where a query has fewer) are what the best choice
+            gets.
     Returns:
         mass_selected_sum, mass_best_sum: scalars, fp32 (fp64 for fp64 inputs), sums over queries.
     Raises:
         ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
     """
     _check_attention(q, k, selection)
-    _check_row(q, k, cu_seqlens, block_size)
+    _check_row(q, k, cu_seqlens, block_size, selection)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     q, k = wide(q[0]), wide(k[0])
     selected_sum, best_sum = q.new_zeros(()), q.new_zeros(())
     for block in blocks(cu_seqlens, q.shape[0], block_size):
         mass = _head_mass(q[block.queries], k[block.keys], block.causal(q.device), scale, sum_heads)
         selected_sum += mass.masked_fill(~block.allowed(selection, q.device), 0.0).sum()
-        best_sum += mass.topk(min(selection.shape[1], block.n_keys), dim=-1).values.sum()
+        if isinstance(selection, Bitmask):
+            n_best = population(selection.words[block.queries])
+            is_beyond = torch.arange(block.n_keys, device=q.device) >= n_best[:, None]
+            best_sum += mass.sort(dim=-1, descending=True).values.masked_fill(is_beyond, 0.0).sum()
+        else:
+            best_sum += mass.topk(min(selection.shape[1], block.n_keys), dim=-1).values.sum()
     return selected_sum, best_sum
 
 
-def selection_overlap(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
     """How far two selections of one row agree, e.g. those of two loops.
 
     Args:
-        a, b: [T, Ka] and [T, Kb], from `select`.
+        a, b: from `select`, both as bits or both as lists.
     Returns:
         sum over queries of |A_t and B_t| / |A_t|, a scalar in fp32; and the number of queries.
     Raises:
-        ValueError: different numbers of queries.
+        ValueError: different numbers of queries, or bits against lists.
     """
+    if isinstance(a, Bitmask) and isinstance(b, Bitmask):
+        if a.words.shape != b.words.shape:
+            raise ValueError(f"bitmasks are {tuple(a.words.shape)} and {tuple(b.words.shape)}; they must be of one row")
+        return (population(a.words & b.words) / a.counts()).sum(), a.words.shape[0]
+    if isinstance(a, Bitmask) or isinstance(b, Bitmask):
+        raise ValueError("one selection is a Bitmask and the other index lists: convert one, Bitmask.from_positions")
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"selections are over {a.shape[0]} and {b.shape[0]} queries; they must be of one row")
     ordered = b.masked_fill(b < 0, torch.iinfo(b.dtype).max).sort(dim=-1).values  # empty slots last
@@ -288,7 +414,17 @@ def _probabilities(q: Tensor, k: Tensor, allowed: Tensor, scale: float) -> Tenso
     return scores.masked_fill(~allowed, float("-inf")).softmax(-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, selection: Tensor | None, block: Block, scale: float) -> Tensor:
+def _over_heads(sums: IndexerLoss, n_heads: int, row_stride: int, sum_heads: SumHeads | None) -> IndexerLoss:
+    """Sums over a rank's heads -> the mean over all heads, sampled rows counted `row_stride` times."""
+    if sum_heads is None:
+        return IndexerLoss(*(x * (row_stride / n_heads) for x in sums))
+    # One all-reduce of [T, HI (DI + 1) + DI], the number of heads with it.
+    flat = sum_heads(torch.cat([*(x.flatten() for x in sums), sums.loss_sum.new_tensor([n_heads])]))
+    parts = (flat[:-1] * (row_stride / flat[-1])).split([x.numel() for x in sums])
+    return IndexerLoss(*(part.view(x.shape) for part, x in zip(parts, sums)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, block: Block, scale: float) -> Tensor:
     """[BT, H, D], [S, G, D], [S, G, V] -> [BT, H, V]."""
     p = _probabilities(q, k, block.allowed(selection, q.device), scale)
     return torch.einsum("grts,sgv->tgrv", p, v).flatten(1, 2)
@@ -301,13 +437,29 @@ def _head_mass(q: Tensor, k: Tensor, allowed: Tensor, scale: float, sum_heads: S
     return mass / mass.sum(-1, keepdim=True)
 
 
-def _check_attention(q: Tensor, k: Tensor, selection: Tensor | None) -> None:
+def _is_triton(backend: str) -> bool:
+    if backend not in BACKENDS:
+        raise unknown("dsa", backend, BACKENDS)
+    return backend == "triton"
+
+
+def _bits(selection: Selection | None) -> Bitmask | None:
+    if isinstance(selection, Tensor):
+        raise ValueError(
+            f"backend 'triton' wants a Bitmask and got index lists {tuple(selection.shape)}: select with backend "
+            "'triton' too, or use Bitmask.from_positions"
+        )
+    return selection
+
+
+def _check_attention(q: Tensor, k: Tensor, selection: Selection | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [1, T, H, D] and [1, T, G, D]")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
-    if selection is not None and (selection.dim() != 2 or selection.shape[0] != q.shape[1]):
-        raise ValueError(f"selection {tuple(selection.shape)} must be [T, K] with T = {q.shape[1]}, the queries")
+    given = selection.words if isinstance(selection, Bitmask) else selection
+    if given is not None and (given.dim() != 2 or given.shape[0] != q.shape[1]):
+        raise ValueError(f"selection {tuple(given.shape)} must be [T, K] with T = {q.shape[1]}, the queries")
 
 
 def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
@@ -319,7 +471,9 @@ def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
         )
 
 
-def _check_row(q: Tensor, k: Tensor, cu_seqlens: list[int], block_size: int) -> None:
+def _check_row(
+    q: Tensor, k: Tensor, cu_seqlens: list[int], block_size: int, selection: Selection | None = None
+) -> None:
     """`q` and `k`: whatever has a token axis second, queries and keys."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     if q.shape[0] != k.shape[0]:
@@ -330,5 +484,8 @@ def _check_row(q: Tensor, k: Tensor, cu_seqlens: list[int], block_size: int) -> 
             f"{n_queries} queries against {n_keys} keys in {len(cu_seqlens) - 1} document(s): "
             "only a single document may have fewer queries, its last tokens"
         )
+    if isinstance(selection, Bitmask) and selection.words.shape[1] != n_words(cu_seqlens):
+        want = (n_queries, n_words(cu_seqlens))
+        raise ValueError(f"bitmask {tuple(selection.words.shape)} must be [T, ceil(longest document / 32)] = {want}")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")

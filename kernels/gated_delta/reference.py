@@ -28,18 +28,19 @@ def recurrent(
 
     Args:
         q, k: [1, T, H, K], L2-normalised over K by the caller.
-        v: [1, T, H, V].
-        g: [1, T, H], log decay, <= 0.
-        beta: [1, T, H], in (0, 1), or (0, 2) with negative eigenvalues.
+        v: [1, T, HV, V], HV a multiple of H: value head h reads key head h // (HV / H).
+        g: [1, T, HV], log decay, <= 0.
+        beta: [1, T, HV], in (0, 1), or (0, 2) with negative eigenvalues.
         scale: factor on q, usually K ** -0.5.
         cu_seqlens: document boundaries over T, N + 1 numbers from 0 to T; the state restarts at each.
-        initial_state: [N, H, K, V], fp32; None means zeros.
+        initial_state: [N, HV, K, V], fp32; None means zeros.
     Returns:
-        o: [1, T, H, V] in v.dtype; final_state: [N, H, K, V], fp32.
+        o: [1, T, HV, V] in v.dtype; final_state: [N, HV, K, V], fp32.
     Reference: Yang et al., Gated Delta Networks, arXiv:2412.06464, eq. 10.
     """
     dtype = v.dtype
     q, k, v, g, beta = (wide(x[0]) for x in (q, k, v, g, beta))
+    q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], dim=1) for x in (q, k))
     outputs, states = [], []
     for doc, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if initial_state is None:
@@ -75,9 +76,10 @@ def chunked(
     Reference: Yang et al., arXiv:2412.06464, section 3.3 (extended WY representation).
     """
     dtype = v.dtype
-    n_heads, d_k, d_v = k.shape[2], k.shape[3], v.shape[3]
+    n_heads, d_k, d_v = v.shape[2], k.shape[3], v.shape[3]
     chunks = Chunks.of(cu_seqlens, chunk_size, q.device)
     q, k, v, g, beta = (chunks.split(x) for x in (q, k, v, g, beta))  # [NT, H, C, K|V], g and beta [NT, H, C]
+    q, k = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (q, k))
     q = q * scale
     # Sums in fp64: after a decay of exp(-1000), fp32 differences of sums, and their gradients, miss the small decays.
     decay = g.double().cumsum(-1)  # [NT, H, C]

@@ -2,7 +2,8 @@
 
 An export needs torch and transformers only. So the references of the kernels, which the training model runs on, travel
 with it: there is one source for the maths of every recurrence. An import `from loopline.a.b import x` becomes
-`from .b import x`, and the registry lists only the mixers the model has.
+`from .b import x`, and the registry lists only the mixers the model has. Our Triton kernels stay behind: what launches
+them (`launch.py`, `*_launch.py`) is imported when it is asked for, and is there where this package is installed.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from loopline.models.hf.modules.registry import MIXERS
 
 ROOT = "loopline.models.hf.modeling_loopline"
 REGISTRY = "loopline.models.hf.modules.registry"
-_IMPORT = re.compile(r"^(\s*)from (loopline\.[\w.]+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)from (loopline\.(?![\w.]*launch import)[\w.]+) import", re.MULTILINE)
 
 
 def shipped_sources(mixer_names: list[str]) -> dict[str, str]:

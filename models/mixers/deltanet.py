@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from loopline.kernels.delta_rule.op import BACKENDS, delta_rule
-from loopline.kernels.precision import wide
+from loopline.kernels.precision import l2_normalize, wide
 from loopline.kernels.short_conv.op import short_conv
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext
 from loopline.models.layers import Linear, RMSNorm
-from loopline.models.mixers.gdn import l2_normalize
 from loopline.models.mixers.mixer import Mixer
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopline.kernels.dsa.blocks import Selection
 from loopline.kernels.dsa.op import (
     BACKENDS,
     IndexerLoss,
@@ -12,7 +13,7 @@ from loopline.kernels.dsa.op import (
     indexer_loss,
     select,
     selection_overlap,
-    sparse_attention,
+    sparse_attention_with_lse,
 )
 from loopline.kernels.precision import wide
 from loopline.models.config import ModelConfig
@@ -37,7 +38,8 @@ class SparseAttention(FullAttention):
     the divergence is linear in its target as far as gradients go, so each loop adds its share of the gradient in its
     own forward pass, and the choosing loop hands the sum to the indexer in backward, which comes after all of them.
 
-    Under tensor parallelism the indexer is whole on every rank and the target is summed over ranks.
+    Under tensor parallelism the indexer is whole on every rank, and the target is summed over ranks, or with "triton"
+    the gradient.
     Reference: DeepSeek-V3.2, arXiv:2512.02556, section 2.1; sharing over layers: IndexCache, arXiv:2603.12201.
     """
 
@@ -67,8 +69,10 @@ class SparseAttention(FullAttention):
         else:
             served = context.memory[chosen_in]
         visible = None if self.settings.index_loss == "dense" else served.selection
-        o = sparse_attention(q, k, v, visible, cu_seqlens=cu_seqlens)
-        self.learn(q.detach(), k.detach(), visible, served, context)
+        o, lse = sparse_attention_with_lse(
+            q, k, v, visible, cu_seqlens=cu_seqlens, backend=self.chosen_backend(x.device)
+        )
+        self.learn(q.detach(), k.detach(), visible, served, context, lse=lse)
         if context.row.is_measured:
             recall = attention_recall(q, k, served.selection, cu_seqlens=cu_seqlens, sum_heads=self.sum_over_ranks)
             context.record("indexer_recall", *recall)
@@ -91,7 +95,8 @@ class SparseAttention(FullAttention):
             return context.memory[context.loop_idx]
         cu_seqlens = context.packing.cu_seqlens
         q, k, w = (y.detach() for y in index)
-        selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens)
+        backend = self.chosen_backend(q.device)
+        selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens, backend=backend)
         served = _Served((q, k, w), selection)
         earlier = [served for served in context.memory.values() if served.selection is not None]
         if earlier:
@@ -100,8 +105,17 @@ class SparseAttention(FullAttention):
         context.memory[context.loop_idx] = served
         return served
 
-    def learn(self, q: Tensor, k: Tensor, visible: Tensor | None, served: "_Served", context: BlockContext) -> None:
-        """This loop's share of the indexer's gradient, computed without a graph."""
+    def learn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        visible: Selection | None,
+        served: "_Served",
+        context: BlockContext,
+        *,
+        lse: Tensor | None,
+    ) -> None:
+        """This loop's share of the indexer's gradient, computed without a graph. `lse`: of attention, as it gave it."""
         scale = context.row.auxiliary_scale
         if scale is None or not torch.is_grad_enabled() or context.loop_idx in served.gradients:
             return
@@ -114,7 +128,11 @@ class SparseAttention(FullAttention):
             k_index=k_index,
             weights=weights,
             cu_seqlens=context.packing.cu_seqlens,
-            sum_heads=self.sum_over_ranks,
+            sum_heads=self.sum_over_ranks if self.share[1] > 1 else None,
+            row_stride=self.settings.index_loss_rows,
+            row_offset=(context.row.draw + context.block_idx + context.loop_idx) % self.settings.index_loss_rows,
+            backend=self.chosen_backend(q.device),
+            lse=lse,
         )
         chosen_in = self.settings.selecting_loop(context.loop_idx)
         share = scale * self.settings.index_loss_weight / self.settings.loops_served(chosen_in, context.row.n_loops)
@@ -125,7 +143,7 @@ class SparseAttention(FullAttention):
 class _Served:
     """A choice and what the loops it serves have found: kept in the block's memory under the loop that chose."""
 
-    def __init__(self, index: Index, selection: Tensor) -> None:
+    def __init__(self, index: Index, selection: Selection) -> None:
         self.index = index
         self.selection = selection
         self.gradients: dict[int, IndexerLoss] = {}

@@ -61,20 +61,15 @@ class GatedDelta(Mixer):
         g = -self.A_log.exp() * F.softplus(wide(self.a_proj(x)) + self.dt_bias)  # [1, T, H], fp32
         beta = wide(self.b_proj(x)).sigmoid() * self.beta_max
         o, _ = gated_delta(
-            l2_normalize(q),
-            l2_normalize(k),
+            q,
+            k,
             v,
             g=g,
             beta=beta,
             scale=self.d_head_k**-0.5,
             cu_seqlens=packing.cu_seqlens,
+            normalize=True,
             backend=self.chosen_backend(x.device),
         )
         gate = self.g_proj(x).unflatten(-1, (-1, self.d_head_v))
         return self.o_proj((self.o_norm(o) * F.silu(gate)).flatten(2))
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / ||x|| over the last dim, in fp32, safe at zero (eps inside the root, as fla has it); result in x.dtype."""
-    x32 = wide(x)
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

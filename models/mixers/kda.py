@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loopline.kernels.kda.op import BACKENDS, kda
-from loopline.kernels.precision import wide
+from loopline.kernels.precision import l2_normalize, wide
 from loopline.kernels.short_conv.op import short_conv
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext
 from loopline.models.fills import Fill, inverse_softplus_step, log_uniform_rate
 from loopline.models.layers import Linear, RMSNorm
-from loopline.models.mixers.gdn import l2_normalize
 from loopline.models.mixers.mixer import Mixer
 
 

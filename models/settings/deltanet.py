@@ -1,6 +1,8 @@
 """Settings of DeltaNet."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from loopline.models.settings.gdn import GatedDeltaConfig
 
@@ -10,6 +12,8 @@ class DeltaNetConfig(GatedDeltaConfig):
     d_model / n_heads."""
 
     name: ClassVar[str] = "deltanet"
+
+    backend: Literal["auto", "fla", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
 
     def parameters(self, d_model: int) -> int:
         """q, k, v, o and beta projections; convolutions; the output's norm."""

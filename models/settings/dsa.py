@@ -7,6 +7,8 @@ from pydantic import Field
 from loopline.models.settings.full import FullAttentionConfig
 from loopline.models.settings.section import mean_keys
 
+TRITON_MAX_INDEX_HEAD = 128  # channels of an index head in our kernels
+
 
 class SparseAttentionConfig(FullAttentionConfig):
     """DeepSeek sparse attention over grouped queries: an indexer picks the keys each query attends to."""
@@ -23,10 +25,16 @@ class SparseAttentionConfig(FullAttentionConfig):
         "dense (warm-up)",
     )
     index_loss_weight: float = Field(1.0, gt=0, description="factor on the indexer's loss")
+    index_loss_rows: int = Field(
+        1,
+        ge=1,
+        description="the indexer learns from one in so many tiles of 64 queries, each counted as often: its loss costs "
+        "so much less and is noisier; which tiles depends on block, loop and the row's tokens",
+    )
     selection_loops: tuple[int, ...] | None = Field(
         None, strict=False, description="loops that choose keys; the others reuse the last choice; none: every loop"
     )
-    backend: Literal["auto", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
+    backend: Literal["auto", "triton", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
 
     def selecting_loop(self, loop_idx: int) -> int:
         """The loop whose choice `loop_idx` uses: itself, or the last one before it that chooses."""
@@ -45,6 +53,12 @@ class SparseAttentionConfig(FullAttentionConfig):
             found.append(
                 f"{self.field('index_d_rope')} ({self.index_d_rope}) must be even and at most "
                 f"{self.field('index_d_head')} ({self.index_d_head}): rotary positions turn pairs of channels; lower it"
+            )
+        if self.backend == "triton" and self.index_d_head > TRITON_MAX_INDEX_HEAD:
+            found.append(
+                f"{self.field('index_d_head')} ({self.index_d_head}) must be at most {TRITON_MAX_INDEX_HEAD} with "
+                f"{self.field('backend')} = 'triton', which has no kernel for more: lower it, or set the backend to "
+                "'reference'"
             )
         loops = self.selection_loops
         if loops is not None and (not loops or loops[0] != 0 or list(loops) != sorted(set(loops))):

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from loopline.models.settings.section import FLA_MAX_HEAD, MixerSection, mean_keys
+from loopline.models.settings.section import FLA_MAX_HEAD, TRITON_MAX_HEAD, MixerSection, mean_keys
 
 
 class FullAttentionConfig(MixerSection):
@@ -17,7 +17,7 @@ class FullAttentionConfig(MixerSection):
     d_head: int | None = Field(None, ge=2, description="head size; none means d_model / n_heads")
     rope_theta: float = Field(10000.0, gt=0, description="rotary base")
     output_gate: bool = Field(False, description="multiply each head's output by sigmoid(W x), W zero at start")
-    backend: Literal["auto", "sdpa", "fla", "reference"] = Field("auto", description="kernel")
+    backend: Literal["auto", "sdpa", "fla", "triton", "flex", "reference"] = Field("auto", description="kernel")
 
     def head_size(self, d_model: int) -> int:
         """D."""
@@ -50,6 +50,11 @@ class FullAttentionConfig(MixerSection):
             found.append(
                 f"{self.field('d_head')} ({self.head_size(d_model)}) must be at most {FLA_MAX_HEAD} with "
                 f"{self.field('backend')} = 'fla', which has no kernel for more: lower it, or set the backend to 'sdpa'"
+            )
+        if self.backend == "triton" and (self.head_size(d_model) % 16 or self.head_size(d_model) > TRITON_MAX_HEAD):
+            found.append(
+                f"{self.field('d_head')} ({self.head_size(d_model)}) must be a multiple of 16 up to {TRITON_MAX_HEAD} "
+                f"with {self.field('backend')} = 'triton': change it, or set the backend to 'sdpa'"
             )
         return found
 

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from loopline.models.settings.section import FLA_MAX_HEAD, MixerSection
+from loopline.models.settings.section import FLA_MAX_HEAD, TRITON_MAX_HEAD, MixerSection
 
 
 class GatedDeltaConfig(MixerSection):
@@ -17,7 +17,7 @@ class GatedDeltaConfig(MixerSection):
     d_head_v: int = Field(64, ge=1, description="value size of a head")
     conv_size: int = Field(4, ge=1, description="tokens the short convolutions see")
     allow_negative_eigenvalues: bool = Field(False, description="beta in (0, 2) instead of (0, 1)")
-    backend: Literal["auto", "reference", "fla"] = Field("auto", description="kernel")
+    backend: Literal["auto", "fla", "triton", "reference"] = Field("auto", description="kernel")
 
     @property
     def d_keys(self) -> int:
@@ -30,7 +30,15 @@ class GatedDeltaConfig(MixerSection):
         return self.n_heads * self.d_head_v
 
     def problems(self, d_model: int) -> list[str]:
-        """Heads that fla has no kernel for, and "auto" would take fla on a GPU."""
+        """Heads that the backend asked for has no kernel for, or fla, which "auto" would take on a GPU."""
+        if self.backend == "triton":
+            sizes = {"d_head_k": self.d_head_k, "d_head_v": self.d_head_v}
+            return [
+                f"{self.field(name)} ({size}) must be a multiple of 32 up to {TRITON_MAX_HEAD} with "
+                f"{self.field('backend')} = 'triton': change it, or set the backend to 'reference'"
+                for name, size in sizes.items()
+                if size % 32 or size > TRITON_MAX_HEAD
+            ]
         if self.d_head_k > FLA_MAX_HEAD and self.backend != "reference":
             return [
                 f"{self.field('d_head_k')} ({self.d_head_k}) must be at most {FLA_MAX_HEAD} with "

@@ -1,6 +1,6 @@
 """Settings of Kimi Delta Attention."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ class KimiDeltaConfig(GatedDeltaConfig):
     name: ClassVar[str] = "kda"
 
     gate_rank: int | None = Field(None, ge=1, description="inner width of both low-rank projections; none: d_head_v")
+    backend: Literal["auto", "fla", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
 
     @property
     def rank(self) -> int:

@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 
 FLA_MAX_HEAD = 256  # key channels of a head in fla 0.6.0's delta-rule and attention kernels
+TRITON_MAX_HEAD = 256  # channels of a head in our own
 
 
 class Section(BaseModel):

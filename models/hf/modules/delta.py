@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from loopline.kernels.precision import wide
+from loopline.kernels.precision import l2_normalize, wide
 from loopline.models.hf.modules.call import LinearMixer, LooplineRMSNorm
 
 
@@ -47,9 +47,3 @@ class DeltaMixer(LinearMixer):
             "v": v.unflatten(-1, (-1, self.d_head_v)),
             "beta": wide(self.b_proj(x)).sigmoid() * self.beta_max,
         }
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / ||x|| over the last dim, in fp32, safe at zero; result in x.dtype."""
-    x32 = wide(x)
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

@@ -240,6 +240,16 @@ def test_dense_form_equals_those_of_other_libraries(oracle: str, lengths: list[i
     assert_same(results(packed_attention, inputs, lengths, window=window), expected, max(lengths) == 1)
 
 
+@pytest.mark.parametrize("window", [None, 1, 17, 1000])
+@pytest.mark.parametrize("lengths", [[1], [63, 1, 200], [257]], ids=str)
+def test_flex_attention_sees_what_the_dense_form_sees(lengths: list[int], window: int | None) -> None:
+    inputs = make_inputs(lengths, (4, 2, 16))
+    with torch.no_grad():  # torch has no backward for it on a CPU
+        found = packed_attention(*inputs, boundaries(lengths), window=window, backend="flex")
+        expected = dense_attention(*inputs, boundaries(lengths), window=window)
+    assert rms_ratio(found, expected) <= TOLERANCES["fp32", "op"]
+
+
 # The public op.
 
 
@@ -301,5 +311,5 @@ def test_bad_boundaries_are_refused_with_the_token_count(cu_seqlens: list[int]) 
 
 
 def test_unknown_backend_is_refused_and_the_known_named() -> None:
-    with pytest.raises(BackendError, match=r"'fast' is unknown; known: sdpa, fla, reference"):
+    with pytest.raises(BackendError, match=r"'fast' is unknown; known: sdpa, fla, triton, flex, reference"):
         _call(make_inputs([5]), backend="fast")

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from loopline.kernels.attention.op import packed_attention
 from loopline.kernels.backends import check_backend
 from loopline.kernels.dsa import op, reference
+from loopline.kernels.dsa.bitmask import Bitmask, population, spread
+from loopline.kernels.dsa.blocks import ROW_TILE
 from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES, rms_ratio
 
@@ -35,13 +37,13 @@ def select(inputs: Inputs, top_k: int, **changes: Any) -> Tensor:
     return op.select(**inputs.index, top_k=top_k, cu_seqlens=inputs.cu_seqlens, **changes)
 
 
-def loss_of(inputs: Inputs, selection: Tensor | None, **changes: Any) -> op.IndexerLoss:
+def loss_of(inputs: Inputs, selection: Tensor | Bitmask | None, **changes: Any) -> op.IndexerLoss:
     return op.indexer_loss(
         inputs.q, inputs.k, selection, **inputs.index, cu_seqlens=inputs.cu_seqlens, scale=inputs.scale, **changes
     )
 
 
-def attend(inputs: Inputs, selection: Tensor | None, **changes: Any) -> Tensor:
+def attend(inputs: Inputs, selection: Tensor | Bitmask | None, **changes: Any) -> Tensor:
     return op.sparse_attention(**inputs.attention, selection=selection, cu_seqlens=inputs.cu_seqlens, **changes)
 
 
@@ -370,6 +372,130 @@ def test_loss_builds_no_graph() -> None:
     assert not any(x.requires_grad for x in loss_of(inputs, None))
 
 
+# A loss of some of the queries.
+
+
+@pytest.mark.parametrize("block_size", [7, 64, 100])
+@pytest.mark.parametrize("row_stride", [2, 3, 7])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_the_mean_over_samples_is_the_whole(is_sparse: bool, row_stride: int, block_size: int) -> None:
+    inputs = make_inputs([1, 200, 65], dtype=torch.float64)
+    selection = select(inputs, 7) if is_sparse else None
+    sampled = partial(loss_of, inputs, selection, row_stride=row_stride, block_size=block_size)
+    samples = [sampled(row_offset=i) for i in range(row_stride)]
+    mean = op.IndexerLoss(*(torch.stack(parts).mean(0) for parts in zip(*samples)))
+    assert_same(mean._asdict(), loss_of(inputs, selection)._asdict(), 1e-12)
+
+
+def test_a_sample_is_of_whole_tiles_of_queries_each_counted_as_often() -> None:
+    inputs = make_inputs([70, 200], dtype=torch.float64)  # tiles from 0, 64 (6 tokens); 70, 134, 198, 262 (8)
+    whole, sample = loss_of(inputs, None), loss_of(inputs, None, row_stride=3, row_offset=1)
+    is_in = torch.zeros(270, dtype=torch.bool)
+    is_in[64:70] = is_in[198:262] = True
+    assert ROW_TILE == 64
+    assert_same({"in": sample.dq_index[:, is_in]}, {"in": 3 * whole.dq_index[:, is_in]}, 1e-12)
+    assert (sample.dq_index[:, ~is_in] == 0).all()
+    assert (sample.dweights[:, ~is_in] == 0).all()
+
+
+def test_a_sample_without_queries_is_zero() -> None:
+    inputs = make_inputs([20, 30])
+    assert all((x == 0).all() for x in loss_of(inputs, None, row_stride=5, row_offset=2))
+
+
+@pytest.mark.parametrize(("row_stride", "row_offset"), [(1, 1), (3, 3), (3, -1), (0, 0)])
+def test_a_row_offset_out_of_range_is_refused_with_both(row_stride: int, row_offset: int) -> None:
+    inputs = make_inputs([5])
+    with pytest.raises(ValueError, match=rf"row_offset is {row_offset}.*\[0, {row_stride}\)"):
+        loss_of(inputs, None, row_stride=row_stride, row_offset=row_offset)
+
+
+# Selections as bits.
+
+
+@pytest.mark.parametrize("top_k", TOP_KS)
+@pytest.mark.parametrize("lengths", [*LENGTHS, *PACKED, [32], [33, 64]], ids=str)
+def test_bits_and_lists_convert_into_each_other(lengths: list[int], top_k: int) -> None:
+    inputs = make_inputs(lengths)
+    selection = select(inputs, top_k)
+    bits = Bitmask.from_positions(selection, inputs.cu_seqlens)
+    assert bits.words.dtype == torch.int32
+    assert bits.words.shape == (sum(lengths), -(-max(lengths) // 32))
+    assert torch.equal(bits.positions(inputs.cu_seqlens, selection.shape[1]), selection)
+    assert bits.counts().tolist() == [len(keys) for keys in token_sets(selection)]
+    starts = [start for start, end in itertools.pairwise(inputs.cu_seqlens) for _ in range(start, end)]
+    for row, keys, start in zip(spread(bits.words).tolist(), token_sets(selection), starts):
+        assert [start + s for s, is_chosen in enumerate(row) if is_chosen] == keys
+
+
+def test_conversions_do_not_depend_on_how_many_rows_they_do_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs([65, 1, 30])
+    selection = select(inputs, 7)
+    whole = Bitmask.from_positions(selection, inputs.cu_seqlens)
+    monkeypatch.setattr("loopline.kernels.dsa.bitmask._BLOCK_ELEMENTS", 300)
+    assert torch.equal(Bitmask.from_positions(selection, inputs.cu_seqlens).words, whole.words)
+    assert torch.equal(whole.positions(inputs.cu_seqlens, 7), selection)
+
+
+def test_bits_are_counted_as_a_loop_counts_them() -> None:
+    words = torch.randint(-(2**31), 2**31, (200, 3), generator=torch.Generator().manual_seed(0)).int()
+    words[:4] = torch.tensor([0, -1, -(2**31), 2**31 - 1], dtype=torch.int32)[:, None]
+    expected = [sum((word & 0xFFFFFFFF).bit_count() for word in row) for row in words.tolist()]
+    assert population(words).tolist() == expected
+
+
+def test_positions_outside_the_past_are_no_bits_and_slots_that_lack_drop_the_highest() -> None:
+    bounds = [0, 3, 8]
+    lists = torch.tensor([[0, 1], [0, -1], [2, 3], [3, 2], [7, 3], [5, 4], [-1, -1], [3, 7]], dtype=torch.int32)
+    found = Bitmask.from_positions(lists, bounds)
+    assert token_sets(found.positions(bounds, 2)) == [[0], [0], [2], [3], [3], [4, 5], [], [3, 7]]
+    assert token_sets(found.positions(bounds, 1)) == [[0], [0], [2], [3], [3], [4], [], [3]]
+
+
+@pytest.mark.parametrize("lengths", [[63], [1, 63, 1, 65, 2]], ids=str)
+def test_the_reference_takes_bits_as_it_takes_lists(lengths: list[int]) -> None:
+    inputs = make_inputs(lengths)
+    selection = select(inputs, 7)
+    bits = Bitmask.from_positions(selection, inputs.cu_seqlens)
+    assert torch.equal(attend(inputs, bits), attend(inputs, selection))
+    for a, b in zip(loss_of(inputs, bits), loss_of(inputs, selection)):
+        assert torch.equal(a, b)
+    arguments = {"cu_seqlens": inputs.cu_seqlens, "block_size": 16}
+    found = op.attention_recall(inputs.q, inputs.k, bits, **arguments)
+    for a, b in zip(found, op.attention_recall(inputs.q, inputs.k, selection, **arguments)):
+        assert rms_ratio(a, b) <= TOLERANCES["fp32", "op"]
+
+
+def test_overlap_of_bits_is_that_of_lists() -> None:
+    inputs = make_inputs([1, 63, 1, 20])
+    lists = [select(inputs, 5), select(inputs.map(lambda x: x.flip(-1) - 0.3), 9)]
+    bits = [Bitmask.from_positions(x, inputs.cu_seqlens) for x in lists]
+    for i, j in itertools.product((0, 1), repeat=2):
+        expected, n_queries = op.selection_overlap(lists[i], lists[j])
+        total, n_found = op.selection_overlap(bits[i], bits[j])
+        assert n_found == n_queries == 85
+        assert rms_ratio(total, expected) <= TOLERANCES["fp32", "op"]
+
+
+def test_bits_of_another_row_and_mixed_selections_are_refused() -> None:
+    inputs = make_inputs([5])
+    lists = select(inputs, 2)
+    bits = Bitmask.from_positions(lists, [0, 5])
+    with pytest.raises(ValueError, match=r"\(5, 1\).*\(40, 2\)"):
+        bits.positions([0, 40], 2)
+    for call in (attend, loss_of):
+        with pytest.raises(ValueError, match=r"bitmask \(5, 2\) must be .* = \(5, 1\)"):
+            call(inputs, Bitmask(torch.zeros(5, 2, dtype=torch.int32)))
+    with pytest.raises(ValueError, match=r"n_slots is 0"):
+        bits.positions([0, 5], 0)
+    with pytest.raises(ValueError, match=r"selection \(5, 2\).*T = 4"):
+        Bitmask.from_positions(lists, [0, 4])
+    with pytest.raises(ValueError, match=r"one selection is a Bitmask.*from_positions"):
+        op.selection_overlap(bits, lists)
+    with pytest.raises(ValueError, match=r"\(5, 1\) and \(4, 1\)"):
+        op.selection_overlap(bits, Bitmask(bits.words[:4]))
+
+
 # Measures of a selection.
 
 
@@ -669,7 +795,7 @@ def test_top_k_and_block_size_below_one_are_refused() -> None:
         select(inputs, 2, block_size=-3)
 
 
-def test_only_the_reference_is_there() -> None:
+def test_only_the_reference_runs_on_a_cpu() -> None:
     assert check_backend("dsa", op.BACKENDS, "auto", "cpu") == "reference"
     with pytest.raises(BackendError, match=r"dsa backend 'fla' is not available on cpu; available: reference"):
         check_backend("dsa", op.BACKENDS, "fla", "cpu")

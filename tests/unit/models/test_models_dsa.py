@@ -13,7 +13,9 @@ from loopline.kernels.dsa import reference
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext, RowContext
 from loopline.models.looped_lm import LoopedLM
+from loopline.models.mixers import dsa
 from loopline.models.packing import Packing
+from loopline.models.settings.dsa import SparseAttentionConfig
 from tests.tolerances import TOLERANCES, rms_ratio
 from tests.unit.small_mixers import SMALL
 
@@ -77,9 +79,11 @@ class Recorder:
         self.inputs: list[Tensor] = []
         learn, index = self.mixer.learn, self.mixer.index
 
-        def record(q: Tensor, k: Tensor, visible: Tensor | None, served: object, context: BlockContext) -> None:
+        def record(
+            q: Tensor, k: Tensor, visible: Tensor | None, served: object, context: BlockContext, *, lse: Tensor | None
+        ) -> None:
             self.seen.append((q, k, visible))
-            learn(q, k, visible, served, context)
+            learn(q, k, visible, served, context, lse=lse)
 
         def record_input(x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
             self.inputs.append(x)
@@ -208,3 +212,72 @@ def test_fp32_follows_fp64(top_k: int) -> None:
     with torch.no_grad():
         found, expected = moved_model(config)(tokens, BOUNDARIES), model_of(config)(tokens, BOUNDARIES)
     assert rms_ratio(found, expected) <= TOLERANCES["fp32", "logits"]
+
+
+# Learning from some of the queries.
+
+
+@pytest.mark.parametrize("loss", ["sparse", "dense"])
+def test_indexer_gradients_averaged_over_samples_are_those_of_all_queries(loss: str) -> None:
+    """Three documents, so three tiles of queries, one of which enters."""
+    whole = gradients_of(model_of(config_of(index_loss=loss)), row_of())
+    sampled = model_of(config_of(index_loss=loss, index_loss_rows=3))
+    samples = []
+    for i in range(3):
+        row = row_of()
+        row.draw = i
+        samples.append(gradients_of(sampled, row))
+    for name, expected in whole.items():
+        found = torch.stack([sample[name] for sample in samples])
+        if ".index_" in name:
+            assert rms_ratio(found.mean(0), expected) <= 1e-9, name
+            assert rms_ratio(found[0], expected) > 1e-2, name
+        else:
+            assert all(torch.equal(x, expected) for x in found), name
+
+
+def test_blocks_loops_and_rows_sample_other_queries_and_a_row_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets: list[int] = []
+    indexer_loss = dsa.indexer_loss
+
+    def noting(*arguments, row_offset: int, **options):  # type: ignore[no-untyped-def]
+        offsets.append(row_offset)
+        return indexer_loss(*arguments, row_offset=row_offset, **options)
+
+    monkeypatch.setattr(dsa, "indexer_loss", noting)
+    model = model_of(config_of(index_loss_rows=1000))
+    for draw in (5, 5, 7):
+        row = row_of()
+        row.draw = draw
+        gradients_of(model, row)
+    first, again, other = (offsets[i : i + len(offsets) // 3] for i in range(0, len(offsets), len(offsets) // 3))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other))
+    assert len(set(first)) > 1  # blocks and loops of one row
+
+
+def test_recomputed_blocks_sample_the_same_queries() -> None:
+    config = config_of(index_loss_rows=2)
+    plain, again = gradients_of(model_of(config), row_of()), gradients_of(model_of(config), row_of(), recompute=True)
+    for name in plain:
+        assert torch.equal(plain[name], again[name]), name
+
+
+def test_a_sample_of_no_tiles_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"index_loss_rows[\s\S]*greater than or equal to 1"):
+        SparseAttentionConfig(index_loss_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"index_d_head": 192}, r"model.dsa.index_d_head \(192\) must be at most 128 .*'triton'.*'reference'"),
+        ({"d_head": 24}, r"model.dsa.d_head \(24\) must be a multiple of 16 .*'triton'"),
+    ],
+    ids=str,
+)
+def test_sizes_without_a_kernel_are_refused_with_triton_alone(settings: dict[str, int], message: str) -> None:
+    sizes = {"d_head": 16, "index_d_head": 64, "index_d_rope": 32, **settings}
+    config_of(**sizes, backend="reference")
+    with pytest.raises(ValueError, match=message):
+        make_config(pattern="dsa", dsa=SMALL["dsa"].model_copy(update={**sizes, "backend": "triton"}))

@@ -140,9 +140,9 @@ def test_unknown_key_names_the_nearest(override: str, nearest: str | None) -> No
         ("model.nsa.block_size=0", ["model.nsa.block_size = 0", "greater than or equal to 1"]),
         ("model.dsa.top_k=0", ["model.dsa.top_k = 0", "greater than or equal to 1"]),
         ("model.nsa.backend=fla", ["model.nsa.backend = 'fla'", "'auto' or 'reference'"]),
-        ("model.dsa.backend=sdpa", ["model.dsa.backend = 'sdpa'", "'auto' or 'reference'"]),
+        ("model.dsa.backend=sdpa", ["model.dsa.backend = 'sdpa'", "'auto', 'triton' or 'reference'"]),
         ("model.gla.backend=sdpa", ["model.gla.backend = 'sdpa'", "'auto', 'reference' or 'fla'"]),
-        ("model.window.backend=flash", ["model.window.backend = 'flash'", "'auto', 'sdpa', 'fla' or 'reference'"]),
+        ("model.window.backend=flash", ["model.window.backend = 'flash'", "'sdpa', 'fla', 'triton', 'flex' or"]),
     ],
 )
 def test_bad_value_is_refused_with_field_value_and_rule(override: str, named: list[str]) -> None:
@@ -172,6 +172,9 @@ UNSERVED = [
         for backend in ("auto", "fla")
     ),
     *((name, ["backend=fla", "d_head=258"], ["MIXER.d_head (258)", "256", "'sdpa'"]) for name in ("full", "window")),
+    *((name, ["backend=triton", "d_head=24"], ["MIXER.d_head (24)", "of 16 up to 256"]) for name in ("full", "window")),
+    ("gdn", ["backend=triton", "d_head_k=48"], ["MIXER.d_head_k (48)", "of 32 up to 256", "MIXER.backend = 'triton'"]),
+    ("gdn", ["backend=triton", "d_head_v=288"], ["MIXER.d_head_v (288)", "of 32 up to 256"]),
 ]
 
 

@@ -1,0 +1,127 @@
+"""A selection as bits: what the Triton kernels read, an eighth of a byte for a query and a key."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 2**24  # bits spread out at once, by the conversions
+
+
+@dataclass(frozen=True)
+class Bitmask:
+    """Which keys each query of a packed row attends to.
+
+    Attributes:
+        words: [T, W], int32, W = ceil(longest document / 32): bit s % 32 of word [t, s // 32] says that query t selects
+            the key at position s of its document. Bits of keys after t are 0.
+    """
+
+    words: Tensor
+
+    @classmethod
+    def from_positions(cls, selection: Tensor, cu_seqlens: list[int]) -> "Bitmask":
+        """From index lists, those `positions` gives.
+
+        Args:
+            selection: [T, K], int32: positions in the row, -1 in empty slots. Keys outside the past are left out.
+            cu_seqlens: N + 1 document boundaries over T.
+        Raises:
+            ValueError: the lists are of another number of queries.
+        """
+        _check_rows("selection", selection, cu_seqlens)
+        starts = document_starts(cu_seqlens, selection.device)
+        ages = torch.arange(cu_seqlens[-1], device=selection.device) - starts
+        words = selection.new_empty(selection.shape[0], n_words(cu_seqlens))
+        n_keys = 32 * words.shape[1]
+        step = max(1, _BLOCK_ELEMENTS // n_keys)
+        for rows in (slice(i, i + step) for i in range(0, words.shape[0], step)):
+            local = selection[rows].long() - starts[rows, None]
+            local = local.masked_fill((local < 0) | (local > ages[rows, None]), n_keys)  # one spare key takes the rest
+            chosen = local.new_zeros(local.shape[0], n_keys + 1, dtype=torch.bool).scatter_(1, local, True)
+            words[rows] = gathered(chosen[:, :-1])
+        return cls(words)
+
+    def positions(self, cu_seqlens: list[int], n_slots: int) -> Tensor:
+        """As index lists, for what gathers keys or is written in torch.
+
+        Args:
+            cu_seqlens: N + 1 document boundaries over T.
+            n_slots: K; keys of a query beyond the lowest K are left out.
+        Returns:
+            [T, K], int32: positions in the row, rising, then -1.
+        Raises:
+            ValueError: the bitmask is of another row, or n_slots below 1.
+        """
+        self.check(cu_seqlens)
+        if n_slots < 1:
+            raise ValueError(f"n_slots is {n_slots}; it must be at least 1")
+        words = self.words
+        starts = document_starts(cu_seqlens, words.device)
+        selection = words.new_full((words.shape[0], n_slots + 1), -1)  # one spare slot takes what is not chosen
+        columns = torch.arange(32 * words.shape[1], dtype=torch.int32, device=words.device)
+        step = max(1, _BLOCK_ELEMENTS // columns.numel())
+        for rows in (slice(i, i + step) for i in range(0, words.shape[0], step)):
+            chosen = spread(words[rows])
+            slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, n_slots).clamp_max(n_slots)
+            selection[rows].scatter_(1, slot, (columns + starts[rows, None]).to(torch.int32))
+        return selection[:, :-1].contiguous()
+
+    def counts(self) -> Tensor:
+        """Keys of each query: [T], int32."""
+        return population(self.words)
+
+    def check(self, cu_seqlens: list[int]) -> None:
+        """Refuse a bitmask of another row.
+
+        Raises:
+            ValueError: words are not int32 [T, W].
+        """
+        want = (cu_seqlens[-1], n_words(cu_seqlens))
+        if tuple(self.words.shape) != want or self.words.dtype != torch.int32:
+            raise ValueError(
+                f"bitmask {tuple(self.words.shape)} {self.words.dtype} must be [T, ceil(longest document / 32)] = "
+                f"{want} of torch.int32"
+            )
+
+
+def n_words(cu_seqlens: list[int]) -> int:
+    """W: words of 32 keys that the longest document takes."""
+    return -(-max(end - start for start, end in itertools.pairwise(cu_seqlens)) // 32)
+
+
+def document_starts(cu_seqlens: list[int], device: torch.device) -> Tensor:
+    """[T], int64: where each token's document begins in the row."""
+    bounds = torch.tensor(cu_seqlens, device=device)
+    return bounds[:-1].repeat_interleave(bounds.diff(), output_size=cu_seqlens[-1])
+
+
+def spread(words: Tensor) -> Tensor:
+    """[..., W] words -> [..., 32 W], bool."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> bits) & 1).bool().flatten(-2)
+
+
+def gathered(chosen: Tensor) -> Tensor:
+    """[..., 32 W], bool -> [..., W] words: the inverse of `spread`."""
+    bits = torch.arange(32, dtype=torch.int32, device=chosen.device)
+    return (chosen.unflatten(-1, (-1, 32)).to(torch.int32) << bits).sum(-1, dtype=torch.int32)
+
+
+def population(words: Tensor) -> Tensor:
+    """Bits set in each row of words: [..., W] -> [...], int32."""
+    # Sums of neighbouring 1, 2, 4, .. bits. A shift of a negative word brings in ones, which the masks take off.
+    x = words - ((words >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).sum(-1, dtype=torch.int32)
+
+
+def _check_rows(name: str, selection: Tensor, cu_seqlens: list[int]) -> None:
+    if selection.dim() != 2 or selection.shape[0] != cu_seqlens[-1] or selection.dtype != torch.int32:
+        raise ValueError(
+            f"{name} {tuple(selection.shape)} {selection.dtype} must be [T, K] of torch.int32 with T = "
+            f"{cu_seqlens[-1]}, the tokens of the row"
+        )

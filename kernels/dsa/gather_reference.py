@@ -1,0 +1,181 @@
+"""One list of keys for a tile of neighbouring queries: which keys, and attention over them by dense masks.
+
+`tile_lists` is by blocks and for use; `gather_attention` is T x T, the judge of gather_launch.py.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loopline.kernels.backends import check_boundaries
+from loopline.kernels.dsa.op import index_scores
+from loopline.kernels.precision import wide
+from loopline.kernels.tables import pieces_on
+
+SCORERS = ("past", "own")
+
+
+@torch.no_grad()
+def tile_lists(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    *,
+    top_k: int,
+    tile: int,
+    cu_seqlens: list[int],
+    scored_by: str,
+    block_size: int = 128,
+) -> Tensor:
+    """For each tile of queries the `top_k` keys before it, in its document, with the highest scores.
+
+    The score of a key is the highest index score I_ts that the tile's scorers give it; a scorer gives one to keys up to
+    itself. The highest, not the mean: a key that one query needs stays even if the others have no use for it. Of equal
+    scores the lower position wins, NaN counts as inf.
+
+    Args:
+        q_index, k_index, weights: [1, T, HI, DI], [1, T, DI], [1, T, HI], as of `op.select`.
+        top_k: >= 1.
+        tile: tokens of a tile, counted from the start of its document; the last one of a document may be shorter.
+        cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
+        scored_by: "past": the last `tile` queries up to the tile's first token, so that no list depends on a token
+            after the query it serves, and decoding finds the same lists. "own": the tile's own queries; each
+            then sees keys picked by later ones, which a causal model must not be trained with.
+        block_size: queries scored at once; memory is max(block_size, tile) * HI * T.
+    Returns:
+        [NT, K], int32, K = min(top_k, longest document): positions in the row, rising, then -1 in the empty slots; the
+        tiles of all documents in order. No gradient.
+    Raises:
+        ValueError: shapes disagree, bad cu_seqlens, unknown scored_by, top_k, tile or block_size below 1.
+    Reference: scores: DeepSeek-V3.2, arXiv:2512.02556, eq. 1.
+    """
+    _check_lists(q_index, k_index, weights, top_k, tile, block_size, scored_by)
+    check_boundaries(cu_seqlens, q_index.shape[0], q_index.shape[1])
+    n_slots = min(top_k, max(end - start for start, end in itertools.pairwise(cu_seqlens)))
+    lists = []
+    for start, end in itertools.pairwise(cu_seqlens):
+        tiles_at_once = max(1, block_size // tile)
+        n_tiles = -(-(end - start) // tile)
+        for first in range(0, n_tiles, tiles_at_once):
+            last = min(first + tiles_at_once, n_tiles)
+            # Queries from `offset` tokens after the tile's first on are its scorers.
+            offset = 1 - tile if scored_by == "past" else 0
+            starts = start + tile * torch.arange(first, last)
+            scorers = starts[:, None] + offset + torch.arange(tile)  # [tiles, tile]
+            keys = torch.arange(start, min(start + (last - 1) * tile, end))
+            lists.append(_best(q_index, k_index, weights, starts, scorers, keys, (start, end), n_slots))
+    return torch.cat(lists)
+
+
+def _best(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    scorers: Tensor,
+    keys: Tensor,
+    document: tuple[int, int],
+    n_slots: int,
+) -> Tensor:
+    """[tiles] first tokens, [tiles, tile] scorers, [S] keys -> [tiles, n_slots]."""
+    starts, scorers, keys = (x.to(q_index.device) for x in (starts, scorers, keys))
+    empty = torch.full((len(starts), n_slots), -1, dtype=torch.int32, device=q_index.device)
+    if len(keys) == 0:
+        return empty
+    is_scorer = (scorers >= document[0]) & (scorers < document[1])
+    rows = scorers.clamp(document[0], document[1] - 1).flatten()
+    scores = index_scores(q_index[0, rows], k_index[0, keys], weights[0, rows])  # [tiles * tile, S]
+    scores = scores.masked_fill(scores.isnan(), torch.inf).unflatten(0, scorers.shape)
+    may_score = is_scorer[..., None] & (keys <= scorers[..., None])
+    scores = scores.masked_fill(~may_score, -torch.inf).amax(1)  # [tiles, S]
+    may_list = keys < starts[:, None]
+    return _highest(scores.masked_fill(~may_list, -torch.inf), may_list, keys, empty)
+
+
+def _highest(scores: Tensor, may_list: Tensor, keys: Tensor, empty: Tensor) -> Tensor:
+    """[NT, S] scores -> [NT, K] positions, rising, then -1: a threshold and a count, as in op.py."""
+    n = min(empty.shape[1], len(keys))
+    threshold = scores.topk(n, dim=-1).values[:, -1:]
+    is_above, is_tied = scores > threshold, scores == threshold
+    n_tied = n - is_above.sum(-1, keepdim=True)
+    chosen = (is_above | (is_tied & (is_tied.cumsum(-1) <= n_tied))) & may_list
+    slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, empty.shape[1])  # one spare slot takes the rest
+    return F.pad(empty, (0, 1), value=-1).scatter_(1, slot, keys.int().expand_as(slot))[:, :-1]
+
+
+def tile_selection(lists: Tensor, *, tile: int, cu_seqlens: list[int]) -> Tensor:
+    """The keys of each query, its tile's list and its tile's tokens up to itself, as the selection op.py takes.
+
+    Args:
+        lists: [NT, K], from `tile_lists`.
+        tile, cu_seqlens: as there.
+    Returns:
+        [T, K + tile], int32: positions in the row, rising, then -1.
+    """
+    where = _where(tile, cu_seqlens, lists.device)
+    own = torch.arange(tile, device=lists.device) + where.starts[:, None]  # [T, tile]
+    own = own.masked_fill(own > torch.arange(len(own), device=lists.device)[:, None], -1)
+    selection = torch.cat([lists[where.tiles], own.int()], dim=1)
+    # Empty slots last: a stable sort keeps the rising order of the rest.
+    order = (selection < 0).int().sort(dim=1, stable=True).indices
+    return selection.gather(1, order)
+
+
+def gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, *, cu_seqlens: list[int], tile: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the keys of each query's tile and its tile's tokens up to itself, by a T x T mask.
+
+    Arguments and results as in gather_launch.py; computed in fp32, in fp64 where the inputs are, lse stays in it.
+    """
+    where = _where(tile, cu_seqlens, q.device)
+    tokens = torch.arange(q.shape[1], device=q.device)
+    # [T, T]: key s is in query t's tile and not after it, or listed and before the tile in its document.
+    visible = (where.tiles[:, None] == where.tiles) & (tokens[:, None] >= tokens)
+    is_before = (where.documents[:, None] == where.documents) & (where.tiles[:, None] > where.tiles)
+    listed = lists.new_zeros(lists.shape[0], len(tokens) + 1, dtype=torch.bool)
+    listed = listed.scatter_(1, lists.long().masked_fill(lists < 0, len(tokens)), True)[:, :-1]
+    visible |= listed[where.tiles] & is_before
+    dtype, scale = v.dtype, q.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = (wide(x[0]) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * scale
+    scores = scores.masked_fill(~visible, -torch.inf)
+    o = torch.einsum("hts,shv->thv", scores.softmax(-1), v)
+    return o[None].to(dtype), scores.logsumexp(-1)
+
+
+class _Where(NamedTuple):
+    """For each token of the row, [T] each: its tile, counted over the row, that tile's first token, its document."""
+
+    tiles: Tensor
+    starts: Tensor
+    documents: Tensor
+
+
+def _where(tile: int, cu_seqlens: list[int], device: torch.device) -> _Where:
+    pieces = pieces_on(tuple(cu_seqlens), tile, device).long()  # [NT, 2]
+    bounds = torch.tensor(cu_seqlens, device=device)
+    starts = bounds[pieces[:, 0]] + pieces[:, 1] * tile
+    tokens = torch.arange(cu_seqlens[-1], device=device)
+    tiles = torch.bucketize(tokens, starts, right=True) - 1
+    return _Where(tiles, starts[tiles], pieces[tiles, 0])
+
+
+def _check_lists(
+    q_index: Tensor, k_index: Tensor, weights: Tensor, top_k: int, tile: int, block_size: int, scored_by: str
+) -> None:
+    is_alike = q_index.dim() == 4 and k_index.dim() == 3 and q_index.shape[3] == k_index.shape[2]
+    if not is_alike or weights.shape != q_index.shape[:3] or q_index.shape[:2] != k_index.shape[:2]:
+        raise ValueError(
+            f"q_index {tuple(q_index.shape)}, k_index {tuple(k_index.shape)}, weights {tuple(weights.shape)}: "
+            "want [1, T, HI, DI], [1, T, DI], [1, T, HI]"
+        )
+    for name, value in {"top_k": top_k, "tile": tile, "block_size": block_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if scored_by not in SCORERS:
+        raise ValueError(f"scored_by is {scored_by!r}; it must be one of {', '.join(SCORERS)}")

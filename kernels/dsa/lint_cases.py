@@ -1,0 +1,71 @@
+"""Calls that the kernels of DSA are compiled for: index and attention head sizes, numbers of index heads, types."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loopline.kernels.dsa import gather_lint_cases
+from loopline.kernels.dsa.bitmask import Bitmask, n_words
+from loopline.kernels.dsa.launch import loss_sums, select_bits
+from loopline.kernels.dsa.tiles import LONG
+from loopline.kernels.lint import Budget
+
+_BOUNDS = [0, 96, 128]
+_LONG_BOUNDS = [0, LONG]
+
+BUDGETS = {name: Budget(needs_wgmma=False) for name in ("index_select_kernel", "index_lse_kernel")}
+BUDGETS |= gather_lint_cases.BUDGETS
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The choice and the loss over it, at every combination of index head size, index heads and head size; and
+    attention over the lists of tiles."""
+    for d_index, n_index_heads, d_head in itertools.product((64, 128), (4, 16), (64, 128)):
+        name = f"index {n_index_heads} x {d_index}, D {d_head}, bf16"
+        yield name, _call(d_index, n_index_heads, d_head, torch.bfloat16)
+    yield "index 4 x 64, D 128, bf16, dense", _call(64, 4, 128, torch.bfloat16, is_dense=True)
+    yield "index 1 x 64, D 128, bf16", _call(64, 1, 128, torch.bfloat16)
+    yield "index 4 x 64, D 192, bf16", _call(64, 4, 192, torch.bfloat16)
+    yield "index 4 x 64, D 128, bf16, long", _call(64, 4, 128, torch.bfloat16, bounds=_LONG_BOUNDS)
+    yield from gather_lint_cases.cases()
+
+
+def fp32_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """In fp32, whose exact products have no tensor-core form: no wgmma is to be expected."""
+    for d_index, d_head in itertools.product((64, 128), (64, 128)):
+        yield f"index 4 x {d_index}, D {d_head}, fp32", _call(d_index, 4, d_head, torch.float32)
+    yield from gather_lint_cases.fp32_cases()
+
+
+def _call(
+    d_index: int,
+    n_index_heads: int,
+    d_head: int,
+    dtype: torch.dtype,
+    *,
+    is_dense: bool = False,
+    bounds: list[int] = _BOUNDS,
+) -> Callable[[], object]:
+    def call() -> None:
+        n_tokens, n_heads, n_kv_heads = bounds[-1], 4, 2
+        q, k = (torch.zeros(1, n_tokens, n, d_head, dtype=dtype) for n in (n_heads, n_kv_heads))
+        index = (
+            torch.zeros(1, n_tokens, n_index_heads, d_index, dtype=dtype),
+            torch.zeros(1, n_tokens, d_index, dtype=dtype),
+            torch.zeros(1, n_tokens, n_index_heads),
+        )
+        select_bits(*index, top_k=16, cu_seqlens=bounds)
+        loss_sums(
+            q,
+            k,
+            None if is_dense else Bitmask(torch.zeros(n_tokens, n_words(bounds), dtype=torch.int32)),
+            lse=torch.zeros(n_heads, n_tokens),
+            q_index=index[0],
+            k_index=index[1],
+            weights=index[2],
+            cu_seqlens=bounds,
+            scale=d_head**-0.5,
+        )
+
+    return call

@@ -1,0 +1,448 @@
+"""The gated delta rule on its Triton kernels: two custom ops, forward and backward, and how a row is cut for them.
+
+To the kernels a segment is a document: where documents are too few to fill a GPU, each is cut into segments, and a
+first scan finds the state each of them starts from. README.md has the equations.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopline.kernels.gated_delta.backward_kernels import gated_delta_bwd_gradients_kernel, gated_delta_bwd_scan_kernel
+from loopline.kernels.gated_delta.forward_kernels import (
+    gated_delta_fwd_chunk_kernel,
+    gated_delta_fwd_kernel,
+    gated_delta_fwd_states_kernel,
+    gated_delta_merge_kernel,
+)
+from loopline.kernels.gated_delta.tiles import tiles
+from loopline.kernels.tables import boundaries_on, first_pieces_on, pieces_on
+
+CHUNK = 64  # tokens
+GATES = 6
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def gated_delta_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    cu_seqlens: list[int],
+    initial_state: Tensor | None = None,
+    normalize: bool = False,
+    segment_chunks: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`op.gated_delta` on the kernels here. Inputs that are not contiguous are copied.
+
+    Args:
+        segment_chunks: cut documents every so many chunks of 64 tokens; None: as many as the GPU needs to be full.
+    Raises:
+        ValueError: head sizes or dtypes the kernels have no tiles for.
+    """
+    _check(q, k, v, g, beta, initial_state)
+    if segment_chunks is None:
+        segment_chunks = _chunks_that_fill(q, v, cu_seqlens)
+    o, final_state, _, _ = torch.ops.loopline.gated_delta_fwd(
+        *arguments(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, segment_chunks)
+    )
+    return o, final_state
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: list[int],
+    scale: float,
+    normalize: bool,
+    segment_chunks: int,
+) -> tuple[Any, ...]:
+    """What the custom op takes: contiguous tensors, and the row's documents and segments as tables on its device."""
+    segments = cut(tuple(cu_seqlens), segment_chunks)
+    return (
+        *(x.contiguous() for x in (q, k, v, g, beta)),
+        None if initial_state is None else initial_state.contiguous(),
+        boundaries_on(segments.boundaries, q.device),
+        pieces_on(segments.boundaries, CHUNK, q.device),
+        first_pieces_on(segments.boundaries, CHUNK, q.device),
+        boundaries_on(segments.first, q.device),
+        scale,
+        normalize,
+        segments.longest,
+    )
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A row's documents cut into segments.
+
+    Attributes:
+        boundaries: NS + 1 token boundaries of segments, from 0 to T.
+        first: number of the segment at which each document begins, and NS at the end: N + 1.
+        longest: segments of the document that has most.
+    """
+
+    boundaries: tuple[int, ...]
+    first: tuple[int, ...]
+    longest: int
+
+
+@functools.lru_cache(maxsize=16)
+def cut(cu_seqlens: tuple[int, ...], n_chunks: int) -> Segments:
+    """Documents in segments of at most `n_chunks` chunks."""
+    starts = [list(range(a, b, n_chunks * CHUNK)) for a, b in itertools.pairwise(cu_seqlens)]
+    return Segments(
+        boundaries=(*itertools.chain(*starts), cu_seqlens[-1]),
+        first=(0, *itertools.accumulate(len(s) for s in starts)),
+        longest=max(len(s) for s in starts),
+    )
+
+
+def chunks_of_segment(cu_seqlens: list[int], n_programs: int, n_processors: int) -> int:
+    """Length of segments, in chunks, at which a scan takes least time on `n_processors`.
+
+    A cut document is scanned twice, for the states its segments start from and for its outputs, so that segments pay
+    where at least three of the longest document's run at once; else documents stay whole.
+
+    Args:
+        n_programs: of a scan, for each segment.
+    """
+    lengths = [-(-(b - a) // CHUNK) for a, b in itertools.pairwise(cu_seqlens)]
+    n_segments = n_processors // n_programs  # that run at once
+    chunks = -(-sum(lengths) // max(1, n_segments))
+    return chunks if max(lengths) >= 3 * chunks else max(lengths)
+
+
+def _chunks_that_fill(q: Tensor, v: Tensor, cu_seqlens: list[int]) -> int:
+    sizes = tiles(q.shape[3], v.shape[3], q.dtype)
+    return chunks_of_segment(cu_seqlens, v.shape[2] * (v.shape[3] // sizes.bv), _n_processors(q.device))
+
+
+@functools.cache
+def _n_processors(device: torch.device) -> int:
+    # 132: an H200's, where kernels are compiled or interpreted without a GPU.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@torch.library.custom_op("loopline::gated_delta_fwd", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    boundaries: Tensor,
+    pieces: Tensor,
+    first_pieces: Tensor,
+    first_segments: Tensor,
+    scale: float,
+    normalize: bool,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o; final_state; and for the backward pass, empty where no document is cut, the state before each segment
+    [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
+    row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
+    maps, before = q.new_empty(0), q.new_empty(0)
+    if longest > 1:
+        maps, before = row.maps(), row.states(0.0)
+        if initial_state is not None:
+            before[first_segments[:-1]] = initial_state
+        row.merge(maps, maps, before, longest, is_reverse=False)
+        initial_state = before
+    o, final = torch.empty_like(v), row.states()
+    gated_delta_fwd_kernel[row.scan_grid](
+        q, k, v, beta, row.inverse, row.scores, row.gates, initial_state, o, final, boundaries, row.n_tokens, **row.scan
+    )
+    return o, final if longest == 1 else final[first_segments[1:] - 1], before, maps
+
+
+@torch.library.custom_op("loopline::gated_delta_bwd", mutates_args=())
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    before: Tensor,
+    maps: Tensor,
+    boundaries: Tensor,
+    pieces: Tensor,
+    first_pieces: Tensor,
+    first_segments: Tensor,
+    scale: float,
+    normalize: bool,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dg, dbeta, and the initial states' gradient."""
+    row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
+    states = q.new_empty(pieces.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    new = torch.empty_like(v)
+    gated_delta_fwd_states_kernel[row.scan_grid](
+        k,
+        v,
+        beta,
+        row.inverse,
+        row.gates,
+        initial_state if longest == 1 else before,
+        states,
+        new,
+        None,
+        boundaries,
+        first_pieces,
+        row.n_tokens,
+        **row.scan,
+    )
+
+    def scan(d_after: Tensor | None, d_states: Tensor | None, d_x: Tensor | None) -> Tensor:
+        d_before = row.states()
+        gated_delta_bwd_scan_kernel[row.scan_grid](
+            q,
+            k,
+            d_o,
+            row.inverse,
+            row.scores,
+            row.gates,
+            d_after,
+            d_states,
+            d_x,
+            d_before,
+            boundaries,
+            first_pieces,
+            row.n_tokens,
+            **row.scan,
+        )
+        return d_before
+
+    d_after = d_final
+    if longest > 1:
+        d_after = row.states(0.0)
+        d_after[first_segments[1:] - 1] = d_final
+        row.merge(maps, scan(None, None, None), d_after, longest, is_reverse=True)
+    d_states, d_x = torch.empty_like(states), torch.empty_like(v)
+    d_before = scan(d_after, d_states, d_x)
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
+    gated_delta_bwd_gradients_kernel[(pieces.shape[0], k.shape[2])](
+        q,
+        k,
+        v,
+        d_o,
+        beta,
+        row.scores,
+        row.gates,
+        row.norms,
+        states,
+        new,
+        d_states,
+        d_x,
+        dq,
+        dk,
+        dv,
+        dg,
+        dbeta,
+        boundaries,
+        pieces,
+        scale,
+        row.n_tokens,
+        **row.gradients,
+    )
+    return dq, dk, dv, dg, dbeta, d_before if longest == 1 else d_before[first_segments[:-1]]
+
+
+@_forward.register_fake
+def _(q, k, v, g, beta, initial_state, boundaries, pieces, first_pieces, first_segments, scale, normalize, longest):  # type: ignore[no-untyped-def]
+    n_heads, d_k, d_v, n_segments = v.shape[2], k.shape[3], v.shape[3], boundaries.shape[0] - 1
+    final = q.new_empty(first_segments.shape[0] - 1, n_heads, d_k, d_v, dtype=torch.float32)
+    if longest == 1:
+        return torch.empty_like(v), final, final.new_empty(0), final.new_empty(0)
+    before = final.new_empty(n_segments, n_heads, d_k, d_v)
+    return torch.empty_like(v), final, before, final.new_empty(n_segments, n_heads, d_k, d_v + d_k)
+
+
+@_backward.register_fake
+def _(d_o, d_final, q, k, v, g, beta, *rest):  # type: ignore[no-untyped-def]
+    return *(torch.empty_like(x) for x in (q, k, v, g, beta)), torch.empty_like(d_final)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.scale, ctx.normalize, ctx.longest = inputs
+    ctx.save_for_backward(*tensors[:6], *output[2:], *tensors[6:])
+
+
+def _differentiate(ctx, d_o, d_final, *_):  # type: ignore[no-untyped-def]
+    *gradients, d_initial = torch.ops.loopline.gated_delta_bwd(
+        d_o.contiguous(), d_final.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.normalize, ctx.longest
+    )
+    return *gradients, d_initial if ctx.needs_input_grad[5] else None, *[None] * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Row:
+    """One call's row: what every scan over it needs, computed by the inverse kernel, and the launches of shared parts.
+
+    Attributes:
+        inverse: (I + A)^-1 of each chunk, [T, HV, 64] in q.dtype.
+        scores: P = tril(R o Q K^T) of each chunk, the same.
+        gates: [GATES, HV, T], fp32, as named in forward_kernels.py.
+        norms: 1 / ||q|| and 1 / ||k||, [2, H, T], fp32; None without normalisation.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        boundaries: Tensor,
+        pieces: Tensor,
+        first_pieces: Tensor,
+        first_segments: Tensor,
+        scale: float,
+        normalize: bool,
+    ) -> None:
+        (n_tokens, n_key_heads, d_k), (n_heads, d_v) = k.shape[1:], v.shape[2:]
+        self.k, self.v, self.beta = k, v, beta
+        self.boundaries, self.first_pieces, self.first_segments = boundaries, first_pieces, first_segments
+        self.sizes = tiles(d_k, d_v, q.dtype)
+        self.shape = {"H": n_key_heads, "HV": n_heads, "K": d_k, "V": d_v}
+        self.n_tokens = n_tokens
+        self.inverse, self.scores = q.new_empty(n_tokens, n_heads, CHUNK), q.new_empty(n_tokens, n_heads, CHUNK)
+        self.gates = g.new_empty(GATES, n_heads, n_tokens)
+        self.norms = g.new_empty(2, n_key_heads, n_tokens) if normalize else None
+        gated_delta_fwd_chunk_kernel[(pieces.shape[0], n_key_heads)](
+            q,
+            k,
+            g,
+            beta,
+            self.inverse,
+            self.scores,
+            self.gates,
+            self.norms,
+            boundaries,
+            pieces,
+            scale,
+            n_tokens,
+            H=n_key_heads,
+            HV=n_heads,
+            K=d_k,
+            BK=self.sizes.chunk_bk,
+            PRECISION=self.sizes.precision,
+            num_warps=1,
+            num_stages=2,
+        )
+
+    @property
+    def scan(self) -> dict[str, Any]:
+        """Constants and options of a scan."""
+        sizes = self.sizes
+        return {
+            **self.shape,
+            "K0": sizes.k0,
+            "K1": sizes.k1,
+            "BV": sizes.bv,
+            "PRECISION": sizes.precision,
+            "num_warps": sizes.warps,
+            "num_stages": sizes.stages,
+        }
+
+    @property
+    def gradients(self) -> dict[str, Any]:
+        """Constants and options of the kernel of dq, dk, dv."""
+        sizes = self.sizes
+        return {
+            **self.shape,
+            "K0": sizes.gradient_k0,
+            "K1": sizes.gradient_k1,
+            "BV": sizes.gradient_bv,
+            "PRECISION": sizes.precision,
+            "num_warps": sizes.gradient_warps,
+            "num_stages": sizes.gradient_stages,
+        }
+
+    @property
+    def scan_grid(self) -> tuple[int]:
+        return (self.shape["V"] // self.sizes.bv * self.shape["HV"] * (self.boundaries.shape[0] - 1),)
+
+    def states(self, value: float | None = None) -> Tensor:
+        """A state for each segment, [NS, HV, K, V], fp32."""
+        shape = (self.boundaries.shape[0] - 1, *(self.shape[name] for name in ("HV", "K", "V")))
+        if value is None:
+            return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+        return torch.full(shape, value, dtype=torch.float32, device=self.k.device)
+
+    def maps(self) -> Tensor:
+        """S_ext and M of each segment, side by side: [NS, HV, K, V + K], fp32."""
+        n_segments, n_heads, d_k, d_v = self.states().shape
+        maps = torch.empty(n_segments, n_heads, d_k, d_v + d_k, dtype=torch.float32, device=self.k.device)
+        n_blocks = d_v // self.sizes.bv + -(-d_k // self.sizes.bv)
+        gated_delta_fwd_states_kernel[(n_blocks * n_heads * n_segments,)](
+            self.k,
+            self.v,
+            self.beta,
+            self.inverse,
+            self.gates,
+            None,
+            None,
+            None,
+            maps,
+            self.boundaries,
+            self.first_pieces,
+            self.n_tokens,
+            **self.scan,
+        )
+        return maps
+
+    def merge(self, maps: Tensor, added: Tensor, states: Tensor, longest: int, *, is_reverse: bool) -> None:
+        """Fill `states` of each document's segments from its first one's, or from its last one's in reverse."""
+        n_documents = self.first_segments.shape[0] - 1
+        d_k, d_v = self.shape["K"], self.shape["V"]
+        for i_step in range(1, longest):
+            gated_delta_merge_kernel[(n_documents * self.shape["HV"] * (d_k // 32), d_v // 32)](
+                maps,
+                added,
+                states,
+                self.first_segments,
+                i_step,
+                HV=self.shape["HV"],
+                K=d_k,
+                V=d_v,
+                ADDED=added.shape[3],
+                IS_REVERSE=is_reverse,
+                num_warps=4,
+            )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None) -> None:
+    for name, size in {"K": k.shape[3], "V": v.shape[3]}.items():
+        if size % 32 or not 32 <= size <= 256:
+            raise ValueError(f"{name} = {size}: the triton kernels need a multiple of 32 from 32 to 256")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: the triton kernels need one of {DTYPES} for all three"
+        )
+    fp32 = {"g": g, "initial_state": initial_state}
+    for name, x in fp32.items():
+        if x is not None and x.dtype != torch.float32:
+            raise ValueError(f"{name} is {x.dtype}: the triton kernels need {torch.float32}")
+    devices = {name: x.device for name, x in dict(q=q, k=k, v=v, beta=beta, **fp32).items() if x is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"inputs lie on different devices: {devices}")

@@ -1,0 +1,218 @@
+"""What our Triton kernels of the gated delta rule differ by from its recurrence, on a CPU.
+
+Run as `python -m tests.unit.kernels.gated_delta_interpreted` from the root with TRITON_INTERPRET=1: one line of JSON a
+case. Nothing of the kernels is imported before they are made ready to be interpreted.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.unit.kernels.interpreted import Case, Figures, figures, report
+
+ALL = {"o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"}
+FROM_ZERO = ALL - {"dinitial_state"}
+
+
+def make_case(
+    cu_seqlens: Sequence[int],
+    *,
+    heads: tuple[int, int] = (1, 1),
+    sizes: tuple[int, int] = (32, 32),
+    has_state: bool = True,
+    normalize: bool = False,
+    segment_chunks: int | None = None,
+    asks: Callable[[Tensor, Tensor], Any] | None = None,
+    change: Callable[[dict[str, Tensor]], None] = lambda inputs: None,
+) -> Case:
+    """Random inputs over documents, of unit length where the op does not normalise.
+
+    Args:
+        heads, sizes: of keys and of values.
+        asks: what is made of o and the final state, and differentiated.
+        change: edits the inputs.
+    """
+    from loopline.kernels.gated_delta.launch import gated_delta_triton
+    from loopline.kernels.gated_delta.reference import recurrent
+    from loopline.kernels.precision import l2_normalize
+
+    n_tokens, (n_key_heads, n_heads), (d_k, d_v) = cu_seqlens[-1], heads, sizes
+    q, k = (torch.randn(1, n_tokens, n_key_heads, d_k) for _ in range(2))
+    inputs = {
+        "q": 3 * q if normalize else F.normalize(q, dim=-1),
+        "k": 3 * k if normalize else F.normalize(k, dim=-1),
+        "v": torch.randn(1, n_tokens, n_heads, d_v),
+        "g": -F.softplus(torch.randn(1, n_tokens, n_heads) - 0.5),
+        "beta": 2.0 * torch.randn(1, n_tokens, n_heads).sigmoid(),  # above 1: negative eigenvalues
+    }
+    if has_state:
+        inputs["initial_state"] = torch.randn(len(cu_seqlens) - 1, n_heads, d_k, d_v)
+    change(inputs)
+
+    def judge(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        if normalize:
+            q, k = l2_normalize(q), l2_normalize(k)
+        return recurrent(q, k, v, **rest)
+
+    def asked_for(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+        return op if asks is None else lambda **arguments: asks(*op(**arguments))
+
+    op = partial(gated_delta_triton, normalize=normalize, segment_chunks=segment_chunks)
+    options = {"scale": d_k**-0.5, "cu_seqlens": list(cu_seqlens)}
+    return Case(inputs, ("q", "k", "v"), asked_for(op), asked_for(judge), options=options)
+
+
+def forget_everything_at_times(inputs: dict[str, Tensor]) -> None:
+    """A decay of exp(-1000) at every seventh token, of exp(-inf) at two, small ones between."""
+    token = torch.arange(inputs["g"].shape[1])
+    inputs["g"] = inputs["g"].masked_fill((token % 7 == 3)[:, None], -1000.0)
+    inputs["g"] = inputs["g"].masked_fill((token % 50 == 40)[:, None], -torch.inf)
+
+
+def keep_everything(inputs: dict[str, Tensor]) -> None:
+    inputs["g"] = torch.zeros_like(inputs["g"])
+
+
+def write_alike_keys(inputs: dict[str, Tensor]) -> None:
+    """Keys that point one way, no decay, beta 1.5: powers of A reach 1e5, entries of its inverse stay below 2."""
+    keep_everything(inputs)
+    inputs["k"] = F.normalize(inputs["k"][:, :1] + 0.2 * inputs["k"], dim=-1)
+    inputs["beta"] = torch.full_like(inputs["beta"], 1.5)
+
+
+DOCUMENTS = [0, 68, 69, 97]  # more than a chunk of 64, one token, part of a chunk
+LONG = [0, 257, 258, 330]
+# What is different about a case, and the tensors compared: written out, so that one that goes missing is noticed.
+MAKERS: dict[str, tuple[Callable[[], Case], set[str]]] = {
+    "documents": (partial(make_case, DOCUMENTS), ALL),
+    "one_token": (partial(make_case, [0, 1]), ALL),
+    "a_token_short_of_a_chunk": (partial(make_case, [0, 63], normalize=True), ALL),
+    "value_heads_share_keys": (partial(make_case, DOCUMENTS, heads=(2, 4), normalize=True), ALL),
+    "four_value_heads_share_a_key": (partial(make_case, [0, 65], heads=(1, 4)), ALL),
+    "sizes_of_lt2": (partial(make_case, [0, 130], sizes=(96, 192), normalize=True), ALL),
+    "sizes_we_optimise_for": (partial(make_case, [0, 130], sizes=(128, 128), normalize=True), ALL),
+    "keys_in_a_padded_tile": (partial(make_case, [0, 65], sizes=(224, 32), normalize=True), ALL),
+    "largest_keys": (partial(make_case, [0, 65], sizes=(256, 32)), ALL),
+    "segments": (partial(make_case, LONG, segment_chunks=1), ALL),
+    "segments_of_two_chunks": (partial(make_case, LONG, segment_chunks=2, sizes=(96, 64), normalize=True), ALL),
+    "segments_from_zero": (partial(make_case, [0, 130], segment_chunks=1, has_state=False), FROM_ZERO),
+    "everything_is_forgotten_at_times": (partial(make_case, [0, 130], change=forget_everything_at_times), ALL),
+    "nothing_is_forgotten": (partial(make_case, [0, 130], change=keep_everything), ALL),
+    "alike_keys": (partial(make_case, [0, 65], change=write_alike_keys), ALL),
+    "training": (partial(make_case, DOCUMENTS, has_state=False, asks=lambda o, _: o), FROM_ZERO - {"final_state"}),
+    "final_state_alone": (partial(make_case, [0, 65], asks=lambda o, final_state: (0 * o, final_state)), ALL),
+}
+# In bf16 those in which rounding takes another way through the kernels.
+CASES = [(name, "fp32") for name in MAKERS] + [
+    (name, "bf16")
+    for name in (
+        "documents",
+        "value_heads_share_keys",
+        "sizes_of_lt2",
+        "sizes_we_optimise_for",
+        "segments_of_two_chunks",
+        "everything_is_forgotten_at_times",
+        "training",
+    )
+]
+
+
+def run(name: str, dtype: torch.dtype) -> Figures:
+    """A case by name, made anew."""
+    return figures(MAKERS[name][0](), dtype)
+
+
+def differing_bits(dtype: torch.dtype) -> Figures:
+    """How many numbers of two runs of one call, cut into segments, are not the same."""
+    case = make_case([0, 130], heads=(1, 2), segment_chunks=1, normalize=True)
+    leaves = {
+        name: x.to(dtype if name in case.rounded else x.dtype).requires_grad_() for name, x in case.inputs.items()
+    }
+    runs = []
+    for _ in range(2):
+        o, final_state = case.op(**leaves, **case.options)
+        gradients = torch.autograd.grad(o.float().sum() + final_state.sum(), list(leaves.values()))
+        runs.append([o, final_state, *gradients])
+    return {"numbers": float(sum((a != b).sum() for a, b in zip(*runs)))}
+
+
+def operator_contract(dtype: torch.dtype) -> Figures:
+    """torch's own check of the custom ops: schema, fake outputs, autograd registration, tracing."""
+    from loopline.kernels.gated_delta import launch
+
+    failures = 0
+    for segment_chunks in (1, 2):
+        calls: list[tuple[Any, ...]] = []
+        op = torch.ops.loopline.gated_delta_fwd.default
+        case = make_case([0, 65], heads=(1, 2), segment_chunks=segment_chunks, normalize=True)
+        leaves = {name: x.to(dtype if name in case.rounded else x.dtype) for name, x in case.inputs.items()}
+        arguments = launch.arguments(**leaves, **case.options, normalize=True, segment_chunks=segment_chunks)
+        arguments = tuple(
+            x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        )
+        calls.append(arguments)
+        found = torch.library.opcheck(op, arguments, raise_exception=False)
+        failures += sum(result != "SUCCESS" for result in found.values())
+        if failures:
+            raise RuntimeError(found)
+    return {"failures": float(failures)}
+
+
+def looped_graph(dtype: torch.dtype) -> Figures:
+    """Graphs of three loops around the op, compiled forward and backward, and how far that is from running them."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from loopline.kernels.gated_delta.op import gated_delta
+
+    bounds, width = [0, 30, 31, 70], 64
+    weights = {name: (torch.randn(width, width) * width**-0.5).to(dtype) for name in "qkvo"}
+    gates = torch.randn(width, 4) * width**-0.5
+
+    def looped(x: Tensor) -> Tensor:
+        for _ in range(3):
+            q, k, v = ((x @ weights[name]).unflatten(-1, (2, 32)) for name in "qkv")
+            g, beta = (x.float() @ gates).split(2, dim=-1)
+            o, _ = gated_delta(
+                q,
+                k,
+                v,
+                g=-F.softplus(g),
+                beta=beta.sigmoid(),
+                scale=32**-0.5,
+                cu_seqlens=bounds,
+                normalize=True,
+                backend="triton",
+            )
+            x = x + o.flatten(2) @ weights["o"]
+        return x
+
+    counter = CompileCounterWithBackend("aot_eager")
+    results = []
+    for f in (looped, torch.compile(looped, fullgraph=True, backend=counter)):
+        x = torch.randn(1, bounds[-1], width, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = f(x)
+        results.append((y, torch.autograd.grad(y.float().square().sum(), x)[0]))
+    (y, dx), (compiled_y, compiled_dx) = results
+    return {
+        "graphs": float(counter.frame_count),
+        "difference": float((y - compiled_y).abs().max() + (dx - compiled_dx).abs().max()),
+    }
+
+
+# Figures of their own.
+CLAIMS: dict[str, tuple[Callable[[torch.dtype], Figures], Figures]] = {
+    "differing_bits": (differing_bits, {"numbers": 0.0}),
+    "operator_contract": (operator_contract, {"failures": 0.0}),
+    "looped_graph": (looped_graph, {"graphs": 1.0, "difference": 0.0}),
+}
+
+
+if __name__ == "__main__":
+    compared: dict[tuple[str, str], Callable[[torch.dtype], Figures]] = {
+        (name, dtype): partial(run, name) for name, dtype in CASES
+    }
+    report(compared | {(name, "fp32"): claim for name, (claim, _) in CLAIMS.items()})

@@ -1,0 +1,28 @@
+"""Looped blocks run on our Triton kernels as on the references, and each compiles as one graph, backward included."""
+
+import pytest
+from blocks_interpreted import CASES, COMPILED
+from interpreted import Figures, Key, process
+
+from tests.tolerances import TOLERANCES
+
+
+@pytest.fixture(scope="module")
+def reported() -> tuple[dict[Key, Figures], str]:
+    """One process computes every case."""
+    return process("blocks_interpreted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mixer", "dtype"), CASES)
+def test_looped_blocks_on_triton_are_those_on_the_reference(
+    mixer: str, dtype: str, reported: tuple[dict[Key, Figures], str]
+) -> None:
+    found, ending = reported
+    assert (mixer, dtype) in found, ending
+    figures = found[mixer, dtype]
+    forms = ("eager", "compiled") if mixer in COMPILED else ("eager",)
+    assert figures.keys() == {f"{form} {kind}" for form in forms for kind in ("o", "gradients")}
+    for form in forms:
+        assert figures[f"{form} o"] <= TOLERANCES[dtype, "logits"], figures
+        assert figures[f"{form} gradients"] <= TOLERANCES[dtype, "gradients"], figures
