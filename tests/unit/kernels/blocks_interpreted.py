@@ -27,7 +27,7 @@ SETTINGS = {
     "window": WindowAttentionConfig(**HEADS, window=17),
     "dsa": SparseAttentionConfig(**HEADS, top_k=8, index_n_heads=2, index_d_head=16, index_d_rope=8),
 }
-COMPILED = ("gdn", "full", "window")  # dsa keeps its choice on the host side of a block, between loops
+COMPILED = ("gdn", "full", "window")  # dsa hands its indexer a gradient through host memory, in backward
 
 
 def model_on(mixer: str, backend: str, dtype: torch.dtype) -> LoopedLM:
