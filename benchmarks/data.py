@@ -198,10 +198,9 @@ def packing_row(windows: list[list[np.ndarray]], seq_len: int, packing: str) -> 
     n_padding = 0
     cuts: dict[tuple[int, int], int] = {}  # (window, document) -> offset of its first cut
     if packing == "concat":
-        for packed in pack_concatenated([Window(0, *each) for each in enumerate(windows)], seq_len):
-            for document, offset in packed.places:
-                if offset < len(windows[packed.number][document]):
-                    cuts.setdefault((packed.number, document), offset)
+        for _, (_, number, document, offset) in pack_concatenated([Window(0, *w) for w in enumerate(windows)], seq_len):
+            if offset < len(windows[number][document]):
+                cuts.setdefault((number, document), offset)
     else:
         for number, documents in enumerate(windows):
             for pieces in plan_best_fit([len(document) for document in documents], seq_len):

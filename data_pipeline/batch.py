@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class MicroBatch:
         labels: [1, b*T], int32, -100 where ignored.
         cu_seqlens: [N+1], int32, 0 to b*T; no segment crosses a sequence.
         positions: [1, b*T], int32, from 0 in every segment.
+        n_before: [b], int64, as in `Batch`.
         n_valid: labels that count.
     """
 
@@ -26,6 +28,7 @@ class MicroBatch:
     labels: np.ndarray
     cu_seqlens: np.ndarray
     positions: np.ndarray
+    n_before: np.ndarray
     n_valid: int
 
 
@@ -38,6 +41,8 @@ class Batch:
         labels: [S, T], int32, -100 where ignored.
         segment_ends: S lists: exclusive ends of a sequence's segments, rising to T.
         global_index: [S], int64, rising: the place of each sequence in the global batch.
+        n_before: [S], int64, tokens of the first segment's document that earlier sequences of the lane hold. 0 where a
+            sequence begins a document, and with best-fit packing.
         n_padding: tokens that no document gave.
     """
 
@@ -45,30 +50,32 @@ class Batch:
     labels: np.ndarray
     segment_ends: tuple[Sequence[int], ...]
     global_index: np.ndarray
+    n_before: np.ndarray
     n_padding: int = 0
 
     @classmethod
     def stack(cls, sequences: Sequence[PackedSequence], global_index: Sequence[int] | np.ndarray) -> "Batch":
         """A batch of S >= 1 sequences of one length, by the rules of `packing.py`."""
-        parts = [part for sequence in sequences for part in sequence.parts]
-        rows = np.concatenate(parts).reshape(len(sequences), -1)  # [S, T+1]
+        parts, segment_ends, n_padding, is_cut, n_before = zip(*sequences)
+        rows = np.concatenate(list(chain.from_iterable(parts))).reshape(len(sequences), -1)  # [S, T+1]
         labels = rows[:, 1:].astype(np.int32)
         seq_len = labels.shape[1]
         last_inputs = [
             row * seq_len + end - 1
-            for row, sequence in enumerate(sequences)
-            for end in (sequence.ends[:-1] if sequence.is_cut else sequence.ends)
+            for row, (ends, goes_on) in enumerate(zip(segment_ends, is_cut))
+            for end in (ends[:-1] if goes_on else ends)
         ]
         labels.reshape(-1)[np.array(last_inputs, np.int64)] = IGNORED_LABEL
-        for row, sequence in enumerate(sequences):
-            if sequence.n_padding:
-                labels[row, -sequence.n_padding :] = IGNORED_LABEL
+        for row, n in enumerate(n_padding):
+            if n:
+                labels[row, -n:] = IGNORED_LABEL
         return cls(
             tokens=rows[:, :-1],
             labels=labels,
-            segment_ends=tuple([sequence.ends for sequence in sequences]),
+            segment_ends=segment_ends,
             global_index=np.asarray(global_index, np.int64),
-            n_padding=sum([sequence.n_padding for sequence in sequences]),
+            n_before=np.array(n_before, np.int64),
+            n_padding=sum(n_padding),
         )
 
     @property
@@ -108,6 +115,7 @@ class Batch:
                     labels=self.labels[rows].reshape(1, -1),
                     cu_seqlens=np.array([0, *inner], np.int32),
                     positions=positions[start * seq_len : rows.stop * seq_len][None],
+                    n_before=self.n_before[rows],
                     n_valid=sum(n_valid[rows]),
                 )
             )

@@ -4,8 +4,8 @@ Two generators in the style of Meta Lingua: windows of records -> windows of pac
 a small dict of plain JSON from which they are built again at the cost of reading one window, never by replay. How lanes
 make batches is `stream.py`.
 
-Order, per epoch e: the records of the split are permuted by (seed, e) and dealt round robin, lane l taking places
-l, l + n_lanes, ... . A lane takes its records `shuffle_records` at a time (a window) and permutes all documents of the
+Order, per epoch e: the records of the split are permuted by (seed, e), all together or shard by shard, and dealt round
+robin to the lanes. A lane takes its records `shuffle_records` at a time (a window) and permutes all documents of the
 window by (seed, e, lane, window). Best-fit packing packs a window by itself and permutes its sequences by the same key.
 Lanes pass into their next epoch independently; over all lanes every document of the split is read exactly once in
 epoch e.
@@ -13,16 +13,18 @@ epoch e.
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import accumulate, islice, repeat
 from typing import Any, Final, Literal, Self
 
 import numpy as np
 
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.packing import (
+    Packed,
     PackedSequence,
-    PackedWindow,
     Place,
     Window,
     fill_sequences,
@@ -32,7 +34,8 @@ from loopline.data_pipeline.packing import (
 from loopline.data_pipeline.shards import SplitReader
 
 DEFAULT_SHUFFLE_RECORDS: Final = 4
-Packing = Literal["concat", "best_fit"]
+Packing = Literal["concat", "carry", "best_fit"]
+Shuffle = Literal["records", "shards"]
 # What a lane goes on from, plain JSON: `stream`, the name of the order it belongs to, so that no other order takes it
 # up; `lane`; `epoch` and `window`; then `document` and `offset` of the next token where documents are concatenated, or
 # `sequence`, the number already taken of the window's packing, with best fit.
@@ -47,6 +50,34 @@ def record_order(n_records: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+@lru_cache(maxsize=8)
+def shard_order(records_by_shard: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """The records in an epoch, [n_records], read-only: shard after shard in a permuted order, each one's permuted."""
+    first = [0, *accumulate(records_by_shard)]
+    shards = seeded_permutation(len(records_by_shard), "shards", seed, epoch).tolist()
+    order = np.concatenate(
+        [first[shard] + seeded_permutation(records_by_shard[shard], "shard", seed, epoch, shard) for shard in shards]
+    )
+    order.setflags(write=False)
+    return order
+
+
+def lane_records(
+    records_by_shard: tuple[int, ...], shuffle: Shuffle, seed: int, epoch: int, lane: int, n_lanes: int
+) -> np.ndarray:
+    """The records of one lane in an epoch, in its order.
+
+    Args:
+        shuffle: 'records' permutes all records, and lane l takes places l, l + n_lanes, ... . 'shards' permutes shards
+            and the records inside each, so that lanes that are as far read the same one or two; dealing goes on where
+            the epoch before ended, or the lanes that get one record more would fall behind epoch by epoch.
+    """
+    if shuffle == "records":
+        return record_order(sum(records_by_shard), seed, epoch)[lane::n_lanes]
+    order = shard_order(records_by_shard, seed, epoch)
+    return order[(lane - epoch * len(order)) % n_lanes :: n_lanes]
+
+
 def seeded_permutation(n: int, *key: str | int) -> np.ndarray:
     """A permutation of range(n), [n], int64, that is a pure function of n and `key`.
 
@@ -55,8 +86,24 @@ def seeded_permutation(n: int, *key: str | int) -> np.ndarray:
     `Generator.permutation` may.
     """
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n)
-    return np.argsort(raw, kind="stable")
+    return _PHILOX.raw(digest, n).argsort(kind="stable")
+
+
+class _Philox(threading.local):
+    """A generator that takes key after key: making one costs eight times as much, for numpy then asks for entropy."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.Philox(key=0)
+        self._start = self._generator.state
+
+    def raw(self, key: bytes, n: int) -> np.ndarray:
+        """The first n outputs under a key of 16 bytes, [n], uint64."""
+        self._start["state"]["key"][:] = np.frombuffer(key, "<u8")
+        self._generator.state = self._start
+        return self._generator.random_raw(n)
+
+
+_PHILOX = _Philox()
 
 
 class LaneStream:
@@ -71,6 +118,7 @@ class LaneStream:
         lane: int,
         seq_len: int,
         shuffle_records: int = DEFAULT_SHUFFLE_RECORDS,
+        shuffle: Shuffle = "records",
         packing: Packing = "concat",
         max_epochs: int | None = None,
         state: LaneState | None = None,
@@ -80,6 +128,7 @@ class LaneStream:
         Args:
             reader: of the split; lanes may share one.
             shuffle_records: records per window; documents are shuffled, and packed by best fit, within a window.
+            shuffle: see `lane_records`.
             max_epochs: end after as many; the last concatenated sequence is filled with eos. None never ends.
             state: as an earlier stream of this lane yielded it. max_epochs may differ from that stream's, and so may
                 seq_len where documents are concatenated.
@@ -89,8 +138,10 @@ class LaneStream:
         check_at_least_one(seq_len=seq_len, n_lanes=n_lanes, shuffle_records=shuffle_records)
         if max_epochs is not None:
             check_at_least_one(max_epochs=max_epochs)
-        if packing not in ("concat", "best_fit"):
-            raise DataError(f"packing={packing!r} is unknown; use 'concat' or 'best_fit'")
+        if packing not in ("concat", "carry", "best_fit"):
+            raise DataError(f"packing={packing!r} is unknown; use 'concat', 'carry' or 'best_fit'")
+        if shuffle not in ("records", "shards"):
+            raise DataError(f"shuffle={shuffle!r} is unknown; use 'records' or 'shards'")
         if not 0 <= lane < n_lanes:
             raise DataError(f"lane={lane} must be from 0 to n_lanes - 1 = {n_lanes - 1}; name one of those")
         if reader.n_records < n_lanes:
@@ -104,16 +155,14 @@ class LaneStream:
         self._n_lanes = n_lanes
         self._lane = lane
         self._shuffle_records = shuffle_records
+        self._shuffle: Shuffle = shuffle
         self._seq_len = seq_len
-        self._packing = packing
-        place = ("document", "offset") if packing == "concat" else ("sequence",)
+        place = ("sequence",) if packing == "best_fit" else ("document", "offset")
         self._state_fields = ("stream", "lane", "epoch", "window", *place)
         self._max_epochs = max_epochs
-        self.stream_id = _stream_id(reader, seed, n_lanes, shuffle_records, packing, seq_len)
+        self.stream_id = _stream_id(reader, seed, n_lanes, shuffle_records, shuffle, packing, seq_len)
         self.state = self._start() if state is None else self._checked(state)
-        self._windows = self._iter_concatenated() if packing == "concat" else self._iter_best_fit()
-        self._window = PackedWindow(0, 0, [], [])
-        self._n_taken = 0  # sequences of the window
+        self._packed = self._iter_best_fit() if packing == "best_fit" else self._iter_concatenated()
 
     def __iter__(self) -> Self:
         return self
@@ -133,17 +182,11 @@ class LaneStream:
         Raises:
             StopIteration, DataError: see `__next__`.
         """
-        taken: list[PackedSequence] = []
-        while len(taken) < n_sequences:
-            if self._n_taken == len(self._window.sequences):
-                self._window, self._n_taken = next(self._windows), 0
-            end = self._n_taken + n_sequences - len(taken)
-            taken += self._window.sequences[self._n_taken : end]
-            self._n_taken = min(end, len(self._window.sequences))
-        epoch, window, _, places = self._window
-        values = (self.stream_id, self._lane, epoch, window, *places[self._n_taken - 1])
-        self.state = dict(zip(self._state_fields, values))
-        return taken
+        packed = list(islice(self._packed, n_sequences))
+        if len(packed) < n_sequences:
+            raise StopIteration
+        self.state = dict(zip(self._state_fields, (self.stream_id, self._lane, *packed[-1][1])))
+        return [sequence for sequence, _ in packed]
 
     @property
     def epoch(self) -> int:
@@ -156,7 +199,9 @@ class LaneStream:
     def _iter_windows(self) -> Iterator[Window]:
         epoch, window = self.state["epoch"], self.state["window"]
         while self._max_epochs is None or epoch < self._max_epochs:
-            records = record_order(self._reader.n_records, self._seed, epoch)[self._lane :: self._n_lanes]
+            records = lane_records(
+                self._reader.records_by_shard, self._shuffle, self._seed, epoch, self._lane, self._n_lanes
+            )
             if window * self._shuffle_records >= len(records):
                 raise DataError(_bad_state(self.state, "it points past the lane's data"))
             for start in range(window * self._shuffle_records, len(records), self._shuffle_records):
@@ -167,13 +212,13 @@ class LaneStream:
                 yield Window(epoch, window, [documents[i] for i in order.tolist()])
             epoch, window = epoch + 1, 0
 
-    def _iter_concatenated(self) -> Iterator[PackedWindow]:
+    def _iter_concatenated(self) -> Iterator[Packed]:
         start = Place(self.state["document"], self.state["offset"])
         # Only a stream that ends fills its last sequence.
         pad_id = None if self._max_epochs is None else self._reader.manifest.eos_id
         return pack_concatenated(self._iter_windows(), self._seq_len, start=start, pad_id=pad_id)
 
-    def _iter_best_fit(self) -> Iterator[PackedWindow]:
+    def _iter_best_fit(self) -> Iterator[Packed]:
         taken = self.state["sequence"]
         for epoch, window, documents in self._iter_windows():
             plan = plan_best_fit([len(document) for document in documents], self._seq_len)
@@ -183,7 +228,7 @@ class LaneStream:
             order = seeded_permutation(len(plan), "sequences", self._seed, epoch, self._lane, window)
             shuffled = [plan[i] for i in order[taken:].tolist()]
             sequences = fill_sequences(documents, shuffled, self._seq_len, self._reader.manifest.eos_id)
-            yield PackedWindow(epoch, window, sequences, [(i + 1,) for i in range(taken, len(plan))])
+            yield from zip(sequences, zip(repeat(epoch), repeat(window), range(taken + 1, len(plan) + 1)))
             taken = 0
 
     def _checked(self, state: Mapping[str, Any]) -> LaneState:
@@ -193,7 +238,7 @@ class LaneStream:
                 _bad_state(
                     state,
                     f"it belongs to stream {state['stream']!r}, this is {self.stream_id!r}: the data, the split, "
-                    "data.packing, data.seed, data.lanes or data.shuffle_records changed",
+                    "data.shuffle, data.packing, data.seed, data.lanes or data.shuffle_records changed",
                 )
             )
         if set(state) != set(start):
@@ -207,12 +252,19 @@ class LaneStream:
 
 
 def _stream_id(
-    reader: SplitReader, seed: int, n_lanes: int, shuffle_records: int, packing: Packing, seq_len: int
+    reader: SplitReader,
+    seed: int,
+    n_lanes: int,
+    shuffle_records: int,
+    shuffle: Shuffle,
+    packing: Packing,
+    seq_len: int,
 ) -> str:
     """Names an order of sequences. seq_len is part of it with best fit only: a run that concatenates may go on with
-    longer sequences."""
+    longer sequences. 'carry' is the order of 'concat'."""
     parts = [reader.manifest.content_sha256(reader.split), reader.split, seed, n_lanes, shuffle_records]
-    parts += [] if packing == "concat" else [packing, seq_len]
+    parts += [] if shuffle == "records" else [shuffle]
+    parts += [packing, seq_len] if packing == "best_fit" else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -46,12 +46,15 @@ class PackedSequence(NamedTuple):
         ends: exclusive ends of the segments, rising to T.
         n_padding: inputs at the end that no document gave.
         is_cut: whether a document goes on after the inputs: then the token there is the last one's label.
+        n_before: tokens of the first segment's document that earlier sequences hold; 0 with best fit, where no
+            sequence goes on from the one before it.
     """
 
     parts: list[np.ndarray]
     ends: list[int]
     n_padding: int
     is_cut: bool
+    n_before: int = 0
 
     @property
     def tokens(self) -> np.ndarray:
@@ -73,18 +76,14 @@ class Place(NamedTuple):
 BEGINNING = Place(0, 0)
 
 
-class PackedWindow(NamedTuple):
-    """Sequences, and for each what to go on from after it: a `Place`, or the number of the next sequence, (n,)."""
-
-    epoch: int
-    number: int
-    sequences: list[PackedSequence]
-    places: Sequence[tuple[int, ...]]
+# A sequence, and where its lane goes on after it: epoch and number of the window, and the place in that, which is a
+# `Place`, or with best fit how many of its sequences were taken.
+Packed = tuple[PackedSequence, tuple[int, ...]]
 
 
 def pack_concatenated(
     windows: Iterable[Window], seq_len: int, *, start: Place = BEGINNING, pad_id: int | None = None
-) -> Iterator[PackedWindow]:
+) -> Iterator[Packed]:
     """Cuts the run of documents every `seq_len` tokens; see the module docstring for the rules.
 
     Args:
@@ -92,40 +91,37 @@ def pack_concatenated(
         start: the first token that was not used yet, in the first window.
         pad_id: where `windows` end, fill the last sequence with this token as a segment of its own with labels -100;
             None drops it (the training stream never ends).
-    Yields:
-        The sequences that end in each window.
     Raises:
         DataError: start is past the end of its document, or of the window.
     """
     parts: list[np.ndarray] = []
     ends: list[int] = []
-    n_filled = 0
+    n_filled = n_before = 0
     for epoch, number, documents in windows:
         _check_start(start, documents)
-        sequences, places = [], []
         first, offset = start
         for index in range(first, len(documents)):
             document = documents[index]
             n = len(document)
+            if not n_filled:
+                n_before = offset
             while n - offset >= seq_len - n_filled:  # it fills the sequence
                 end = offset + seq_len - n_filled
                 parts.append(document[offset : end + 1])
                 if end == n:
                     parts.append(document[-1:])  # any token: it is no label
                 ends.append(seq_len)
-                sequences.append(PackedSequence(parts, ends, 0, end < n))
-                places.append(Place(index, end))
-                parts, ends, n_filled, offset = [], [], 0, end
+                yield PackedSequence(parts, ends, 0, end < n, n_before), (epoch, number, index, end)
+                parts, ends, n_filled, offset, n_before = [], [], 0, end, end
             if offset < n:
                 parts.append(document[offset:])
                 n_filled += n - offset
                 ends.append(n_filled)
             offset = 0
-        yield PackedWindow(epoch, number, sequences, places)
         start = BEGINNING
     if n_filled and pad_id is not None:
-        sequence = _padded(parts, ends, seq_len, np.full(seq_len + 1, pad_id, parts[0].dtype))
-        yield PackedWindow(epoch, number, [sequence], [Place(len(documents) - 1, len(documents[-1]))])
+        sequence = _padded(parts, ends, seq_len, np.full(seq_len + 1, pad_id, parts[0].dtype), n_before)
+        yield sequence, (epoch, number, len(documents) - 1, len(documents[-1]))
 
 
 def _check_start(start: Place, documents: Sequence[np.ndarray]) -> None:
@@ -159,11 +155,7 @@ def plan_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[Piece]]:
         for document, length in enumerate(lengths)
         for offset in range(0, length - seq_len + 1, seq_len)
     ]
-    rests = [
-        (document, length - length % seq_len, length % seq_len)
-        for document, length in enumerate(lengths)
-        if length % seq_len
-    ]
+    rests = [(document, length - rest, rest) for document, length in enumerate(lengths) if (rest := length % seq_len)]
     rests.sort(key=itemgetter(2), reverse=True)  # stable in reverse too
     rooms: list[int] = []  # the free tokens that open sequences have, rising, each number once
     open_by_room: dict[int, list[list[Piece]]] = defaultdict(list)
@@ -188,20 +180,18 @@ def plan_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[Piece]]:
 
 def fill_sequences(
     documents: Sequence[np.ndarray], plan: Sequence[Sequence[Piece]], seq_len: int, pad_id: int
-) -> list[PackedSequence]:
+) -> Iterator[PackedSequence]:
     """The sequences that hold the pieces of a plan, then padding as a segment of its own with labels -100."""
     padding = np.full(seq_len + 1, pad_id, documents[0].dtype)
     whole = [seq_len]
-    sequences = []
     for pieces in plan:
         index, offset, length = pieces[0]
-        if offset + length < len(documents[index]):  # cut, so it fills the sequence
-            part = documents[index][offset : offset + length + 1]
-            sequences.append(PackedSequence([part], whole, 0, is_cut=True))
-            continue
-        parts = [documents[index][offset : offset + length] for index, offset, length in pieces]
-        sequences.append(_padded(parts, list(accumulate(map(len, parts))), seq_len, padding))
-    return sequences
+        document, end = documents[index], offset + length
+        if end < len(document):  # cut, so it fills the sequence
+            yield PackedSequence([document[offset : end + 1]], whole, 0, True)
+        else:
+            parts = [documents[index][offset : offset + length] for index, offset, length in pieces]
+            yield _padded(parts, list(accumulate(map(len, parts))), seq_len, padding)
 
 
 def padding_sequence(seq_len: int, pad_id: int, dtype: str) -> PackedSequence:
@@ -209,9 +199,11 @@ def padding_sequence(seq_len: int, pad_id: int, dtype: str) -> PackedSequence:
     return _padded([], [], seq_len, np.full(seq_len + 1, pad_id, dtype))
 
 
-def _padded(parts: list[np.ndarray], ends: list[int], seq_len: int, padding: np.ndarray) -> PackedSequence:
+def _padded(
+    parts: list[np.ndarray], ends: list[int], seq_len: int, padding: np.ndarray, n_before: int = 0
+) -> PackedSequence:
     """The sequence of whole parts, with `padding` [T+1] for what they leave, and for the token after it."""
     n_padding = seq_len - ends[-1] if ends else seq_len
     return PackedSequence(
-        [*parts, padding[: n_padding + 1]], [*ends, seq_len] if n_padding else ends, n_padding, is_cut=False
+        [*parts, padding[: n_padding + 1]], [*ends, seq_len] if n_padding else ends, n_padding, False, n_before
     )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.lane import LaneState, LaneStream, Packing
+from loopline.data_pipeline.lane import LaneState, LaneStream, Packing, Shuffle
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.mixture import Mixture, MixtureLane, sources_of
 from loopline.data_pipeline.packing import PackedSequence
@@ -45,6 +45,7 @@ class LaneSettings:
     n_lanes: int
     sequences_per_lane: int
     shuffle_records: int
+    shuffle: Shuffle
     packing: Packing
     step: int
 
@@ -129,6 +130,7 @@ def _open_lane(
             lane=lane,
             seq_len=settings.seq_len,
             shuffle_records=settings.shuffle_records,
+            shuffle=settings.shuffle,
             packing=settings.packing,
             max_epochs=max_epochs,
             state=state,
@@ -147,8 +149,8 @@ def _open_lane(
     if missing:
         raise DataError(
             f"data state of lane {lane} has sources {', '.join(sorted(missing))} that this mixture lacks: a source was "
-            "removed (keep it and give it weight 0), or its data, the split, data.packing, data.seed, data.lanes or "
-            "data.shuffle_records changed"
+            "removed (keep it and give it weight 0), or its data, the split, data.shuffle, data.packing, data.seed, "
+            "data.lanes or data.shuffle_records changed"
         )
     step = settings.step if state is None else state.get("step", settings.step)
     return MixtureLane(settings.data, streams, lane=lane, seq_len=settings.seq_len, step=step, states=saved)

@@ -11,8 +11,9 @@ import hashlib
 import io
 import os
 import tarfile
+import weakref
 from bisect import bisect_right
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from loopline.data_pipeline.store import ShardFile
 
 DEFAULT_RECORD_TOKENS = 65_536
 DEFAULT_SHARD_BYTES = 256 * 2**20
+MAX_OPEN_SHARDS = 32  # of a reader
 
 
 class SplitWriter:
@@ -170,11 +172,14 @@ class SplitReader:
         self._store = manifest.store
         for shard in self._shards:
             self._store.check(shard)
+        self._open: dict[int, ShardFile] = {}
+        weakref.finalize(self, _close_all, self._open)
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._vocab_size = manifest.vocab_size
         self._eos_id = manifest.eos_id
         # First record number of each shard, and the number of all.
-        self._first_record = [0, *accumulate(len(shard.records) for shard in self._shards)]
+        self.records_by_shard = tuple([len(shard.records) for shard in self._shards])
+        self._first_record = [0, *accumulate(self.records_by_shard)]
         self.n_records = self._first_record[-1]
 
     def documents(self, record_idx: int) -> list[np.ndarray]:
@@ -189,16 +194,26 @@ class SplitReader:
         shard_idx = bisect_right(self._first_record, record_idx) - 1
         shard = self._shards[shard_idx]
         record = shard.records[record_idx - self._first_record[shard_idx]]
-        with self._store.open(shard) as file:
-            try:
-                tokens, ends = self._read_record(file, shard, record)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"shard {self._store.shown(shard.name)}, record at byte {record.tokens_offset}, cannot be read: "
-                    f"{error}. {self._store.repair}"
-                ) from None
-        bounds = [0, *ends.tolist()]
-        return [tokens[start:end] for start, end in pairwise(bounds)]
+        file = self._open.pop(shard_idx, None) or self._store.open(shard)
+        try:
+            tokens, ends = self._read_record(file, shard, record)
+        except (OSError, ValueError) as error:
+            file.close()
+            raise DataError(
+                f"shard {self._store.shown(shard.name)}, record at byte {record.tokens_offset}, cannot be read: "
+                f"{error}. {self._store.repair}"
+            ) from None
+        self._keep(shard_idx, file)
+        bounds = ends.tolist()
+        return [tokens[start:end] for start, end in zip([0, *bounds], bounds)]
+
+    def _keep(self, shard_idx: int, file: ShardFile) -> None:
+        if not self._store.may_stay_open:
+            file.close()
+            return
+        self._open[shard_idx] = file  # last, so that the first is the one not read for longest
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.pop(next(iter(self._open))).close()
 
     def _read_record(self, file: ShardFile, shard: Shard, record: Record) -> tuple[np.ndarray, np.ndarray]:
         tokens = _read_npy(file, shard.n_bytes, record.tokens_offset, self._dtype, record.n_tokens)
@@ -212,19 +227,28 @@ class SplitReader:
         return tokens, ends
 
 
+def _close_all(files: dict[int, ShardFile]) -> None:
+    for file in files.values():
+        file.close()
+
+
 def _read_npy(file: ShardFile, n_file_bytes: int, offset: int, dtype: np.dtype, n: int) -> np.ndarray:
-    """A 1-D array at `offset`; nothing is allocated or decoded before its header is what the manifest promises."""
+    """A 1-D array at `offset`; nothing is allocated before the manifest's own figures agree, or used before its header
+    is what they promise."""
     n_bytes = n * dtype.itemsize
     if offset + n_bytes > n_file_bytes:
         raise ValueError(f"the manifest claims {n_bytes} bytes at {offset}, the shard has {n_file_bytes}")
-    file.seek(offset)
     expected = _npy_header(dtype, n)
-    if file.read(len(expected)) != expected:
-        _check_npy_header(file, offset, dtype, n)
-    array = np.empty(n, dtype)
-    n_read = file.readinto(array.data)
-    if n_read < n_bytes:
-        raise ValueError(f"ends after {n_read} of {n_bytes} bytes")
+    header, array = bytearray(len(expected)), np.empty(n, dtype)
+    # Not by the file's own position, which processes forked from here would share.
+    start, n_read = offset + len(header), os.preadv(file.fileno(), [header, array.data], offset) - len(header)
+    if header != expected:
+        start, n_read = offset + _check_npy_header(os.pread(file.fileno(), 1100, offset), dtype, n), 0
+    while n_read < n_bytes:  # after another header, or 2 GiB, the most that one call gives
+        n_more = os.preadv(file.fileno(), [array.view(np.uint8).data[n_read:]], start + n_read)
+        if not n_more:
+            raise ValueError(f"ends after {n_read} of {n_bytes} bytes")
+        n_read += n_more
     return array
 
 
@@ -234,9 +258,9 @@ def _npy_header(dtype: np.dtype, n: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
 
 
-def _check_npy_header(file: ShardFile, offset: int, dtype: np.dtype, n: int) -> None:
-    """Headers that other tools write differently; leaves the file at the array's data."""
-    file.seek(offset)
+def _check_npy_header(content: bytes, dtype: np.dtype, n: int) -> int:
+    """Headers that other tools write differently; returns where the array's data begins."""
+    file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not an npy array of version 1.0")
     try:
@@ -247,3 +271,4 @@ def _check_npy_header(file: ShardFile, offset: int, dtype: np.dtype, n: int) -> 
     # Object arrays (pickles) end here too: their dtype is never the one expected.
     if found != dtype or shape != (n,):
         raise ValueError(f"array of {found} {list(shape)} found, {dtype} [{n}] expected")
+    return file.tell()

@@ -43,6 +43,11 @@ class ShardStore(Protocol):
     """Opens the shards of one data set."""
 
     @property
+    def may_stay_open(self) -> bool:
+        """Whether a reader may keep a shard open from record to record. In a bounded cache it may not: the file would
+        look unused, and its bytes would stay on the disk after it was evicted."""
+
+    @property
     def repair(self) -> str:
         """What to do about a damaged shard, for messages."""
 
@@ -65,6 +70,10 @@ class LocalStore:
     """Files in a folder, read where they are."""
 
     folder: Path
+
+    @property
+    def may_stay_open(self) -> bool:
+        return True
 
     @property
     def repair(self) -> str:
@@ -104,6 +113,10 @@ class RemoteStore:
     )
     # Shards whose content this process has seen to be right.
     _checked: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @property
+    def may_stay_open(self) -> bool:
+        return False
 
     @property
     def repair(self) -> str:

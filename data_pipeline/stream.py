@@ -17,11 +17,11 @@ import numpy as np
 
 from loopline.data_pipeline.batch import Batch
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.lane import DEFAULT_SHUFFLE_RECORDS, LaneState, Packing, check_at_least_one
+from loopline.data_pipeline.lane import DEFAULT_SHUFFLE_RECORDS, LaneState, Packing, Shuffle, check_at_least_one
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.mixture import Mixture
 from loopline.data_pipeline.packing import Window, pack_concatenated, padding_sequence
-from loopline.data_pipeline.prefetch import LaneGroup, LaneSettings, PrefetchedLanes
+from loopline.data_pipeline.prefetch import LaneGroup, LaneSettings, PrefetchedLanes, Taken
 from loopline.data_pipeline.shards import SplitReader
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class GlobalBatchStream:
         dp_rank: int = 0,
         dp_size: int = 1,
         shuffle_records: int = DEFAULT_SHUFFLE_RECORDS,
+        shuffle: Shuffle = "records",
         packing: Packing = "concat",
         workers: int = 0,
         states: Mapping[int | str, LaneState] | None = None,
@@ -55,7 +56,11 @@ class GlobalBatchStream:
 
         Args:
             manifest: a manifest, its path, or its folder; or a mixture of manifests.
-            packing: 'concat' lays documents end to end; 'best_fit' cuts only documents longer than seq_len.
+            shuffle: what an epoch permutes: all 'records', or 'shards' and the records inside each, for corpora that
+                are larger than the cache of their shards.
+            packing: 'concat' lays documents end to end; 'carry' does so with one lane for each sequence of a batch, so
+                that a sequence goes on where the one at its place in the batch before ended; 'best_fit' cuts only
+                documents longer than seq_len.
             workers: processes that read ahead for this rank; 0 reads in this one. They start with the first batch,
                 end with this process or `close`, and change nothing but time.
             states: lane -> state, at least for the lanes of this rank: the union of what the ranks of a run on any
@@ -64,7 +69,8 @@ class GlobalBatchStream:
             step: steps done before `states`, where they are of a run with one data set; a mixture's states know.
         Raises:
             DataError: a bad setting (n_lanes not a multiple of dp_size, global_batch_sequences not a multiple of
-                n_lanes, ...); fewer records than lanes; a shard missing or cut short; states that do not fit.
+                n_lanes, 'carry' with other lanes or several sources, ...); fewer records than lanes; a shard missing or
+                cut short; states that do not fit.
         """
         check_at_least_one(
             seq_len=seq_len, n_lanes=n_lanes, global_batch_sequences=global_batch_sequences, dp_size=dp_size
@@ -77,6 +83,8 @@ class GlobalBatchStream:
             n_lanes,
             "lanes take equal parts, change either",
         )
+        if packing == "carry":
+            _check_carry(manifest, n_lanes, global_batch_sequences)
         _check_rank(dp_rank, dp_size)
         if workers < 0:
             raise DataError(f"workers={workers} must be 0 or more; raise it")
@@ -98,6 +106,7 @@ class GlobalBatchStream:
             n_lanes=n_lanes,
             sequences_per_lane=global_batch_sequences // n_lanes,
             shuffle_records=shuffle_records,
+            shuffle=shuffle,
             packing=packing,
             step=step,
         )
@@ -121,7 +130,7 @@ class GlobalBatchStream:
         """
         taken = self._group.take()
         self._log_ended(taken.states)
-        self._place = taken._replace(sequences={})
+        self._place = Taken({}, taken.states, taken.epoch)
         by_lane = [taken.sequences[lane] for lane in self._lanes]
         return Batch.stack([sequence for turn in zip(*by_lane) for sequence in turn], self._global_index)
 
@@ -205,7 +214,7 @@ def heldout_batches(
     def iter_batches() -> Iterator[Batch]:
         windows = (Window(0, record, reader.documents(record)) for record in range(reader.n_records))
         packed = pack_concatenated(windows, seq_len, pad_id=opened.eos_id)
-        sequences = (sequence for window in packed for sequence in window.sequences)
+        sequences = (sequence for sequence, _ in packed)
         padding = padding_sequence(seq_len, opened.eos_id, opened.dtype)
         mine = range(dp_rank, batch_sequences, dp_size)
         n_batches = 0
@@ -218,6 +227,20 @@ def heldout_batches(
             n_batches += 1
 
     return iter_batches()
+
+
+def _check_carry(data: object, n_lanes: int, global_batch_sequences: int) -> None:
+    if n_lanes != global_batch_sequences:
+        raise DataError(
+            f"packing='carry' with n_lanes={n_lanes} and global_batch_sequences={global_batch_sequences}: every place "
+            f"of a batch must be a lane of its own; set data.lanes = {global_batch_sequences}"
+        )
+    if isinstance(data, Mixture) and len(data.sources) > 1:
+        names = ", ".join(source.name for source in data.sources)
+        raise DataError(
+            f"packing='carry' with data.sources {names}: a lane takes every sequence from another source, so none goes "
+            "on where the one before ended; give one source, or set data.packing = 'concat'"
+        )
 
 
 def _check_multiple(name: str, value: int, of_name: str, of_value: int, fix: str) -> None:

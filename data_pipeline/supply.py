@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.lane import record_order
-from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.lane import Shuffle, lane_records
 from loopline.data_pipeline.mixture import Mixture, Source
 
 # Between two moments under the same weights a source gives its share to within so many sequences: one at either end
@@ -44,6 +43,7 @@ def check_supply(
     sequences_per_lane: int,
     step: int,
     n_steps: int,
+    shuffle: Shuffle = "records",
 ) -> None:
     """Refuses a run in which a lane would have no source left.
 
@@ -65,7 +65,7 @@ def check_supply(
     for i, source in enumerate(mixture.sources):
         if source.max_epochs is not None:
             given = np.array([_given(states[lane], i, seq_len * sequences_per_lane) for lane in sorted(states)])
-            left[:, i] = _sequences_left(source, given, n_needed, seed, seq_len)
+            left[:, i] = _sequences_left(source, given, n_needed, seed, seq_len, shuffle)
     shortages = [(found, lane) for lane in range(len(left)) if (found := _shortage(left[lane], phases)) is not None]
     if not shortages:
         return
@@ -100,27 +100,26 @@ def _given(state: Mapping[str, Any], source_idx: int, tokens_per_step: int) -> i
     return state["step"] * tokens_per_step if has_begun else 0
 
 
-def _sequences_left(source: Source, given: np.ndarray, n_needed: int, seed: int, seq_len: int) -> np.ndarray:
+def _sequences_left(
+    source: Source, given: np.ndarray, n_needed: int, seed: int, seq_len: int, shuffle: Shuffle
+) -> np.ndarray:
     """Sequences a source has for each lane, [n_lanes], as float; of those past `n_needed` maybe not all.
 
     Args:
         given: [n_lanes], int64, tokens that are taken already.
     """
     assert source.max_epochs is not None
-    lengths = _record_lengths(source.manifest)
-    lanes = np.arange(len(lengths)) % len(given)
-    tokens = np.zeros(len(given), np.int64)
+    tables = [shard.records.table for shard in source.manifest.split("train").shards]
+    lengths = np.concatenate([table[:, 1] for table in tables])  # [n_records], int64
+    records_by_shard = tuple(map(len, tables))
+    n_lanes = len(given)
+    tokens = np.zeros(n_lanes, np.int64)
     for epoch in range(source.max_epochs):
-        order = record_order(len(lengths), seed, epoch)
-        tokens += np.bincount(lanes, weights=lengths[order], minlength=len(given)).astype(np.int64)
+        for lane in range(n_lanes):
+            tokens[lane] += lengths[lane_records(records_by_shard, shuffle, seed, epoch, lane, n_lanes)].sum()
         if (tokens - given >= n_needed * seq_len).all():
             break
     return np.maximum(-(-(tokens - given) // seq_len), 0).astype(np.float64)
-
-
-def _record_lengths(manifest: Manifest) -> np.ndarray:
-    """Tokens of every training record, [n_records], int64, in the manifest's order."""
-    return np.concatenate([shard.records.table[:, 1] for shard in manifest.split("train").shards])
 
 
 def _shortage(left: np.ndarray, phases: Sequence[_Phase]) -> tuple[int, _Phase] | None:

@@ -300,6 +300,7 @@ def check_belongs(state: RunState, config: RunConfig, data: str, where: Path) ->
         "train.trainable",
         "data.lanes",
         "data.shuffle_records",
+        "data.shuffle",
         "data.packing",
     ):
         section, field = path.split(".")

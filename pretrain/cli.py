@@ -166,8 +166,7 @@ def _add_digest(data) -> None:  # type: ignore[no-untyped-def]
         "with a manifest", "A recipe has these as fields of its own; change them by --set."
     )
     for name, value in _DIGEST_DEFAULTS.items():
-        choices = ["concat", "best_fit"] if name == "packing" else None
-        alone.add_argument(_option(name), type=type(value), choices=choices, help=f"default: {value}")
+        alone.add_argument(_option(name), type=type(value), choices=_DIGEST_CHOICES.get(name), help=f"default: {value}")
     digest.set_defaults(run=_digest)
 
 
@@ -178,8 +177,10 @@ _DIGEST_DEFAULTS = {
     "lanes": 8,
     "global_batch_sequences": 8,
     "shuffle_records": 4,
+    "shuffle": "records",
     "packing": "concat",
 }
+_DIGEST_CHOICES = {"shuffle": ["records", "shards"], "packing": ["concat", "carry", "best_fit"]}
 
 
 def _option(name: str) -> str:

@@ -130,8 +130,13 @@ class DataSection(Section):
     cache_dir: str = Field("data", description="where bundled corpora are built and remote shards are kept")
     lanes: int = Field(8, ge=1, description="logical streams; fixed for the life of a run")
     shuffle_records: int = Field(4, ge=1, description="records shuffled, and packed by best_fit, together in a lane")
-    packing: Literal["concat", "best_fit"] = Field(
-        "concat", description="concat: end to end; best_fit: cut only documents longer than seq_len, pad the rest"
+    shuffle: Literal["records", "shards"] = Field(
+        "records", description="an epoch permutes all records, or shards and the records in each, for a small cache"
+    )
+    packing: Literal["concat", "carry", "best_fit"] = Field(
+        "concat",
+        description="concat: end to end; carry: the same, and a sequence goes on where the last one at its place in "
+        "the batch ended; best_fit: cut only documents longer than seq_len, pad the rest",
     )
     workers: int = Field(0, ge=0, description="processes per rank that read ahead; 0 reads between steps")
     verify_hashes: bool = Field(True, description="check every shard's sha256 before step 1; remote ones when read")
@@ -160,6 +165,11 @@ class DataSection(Section):
             raise ValueError("data.schedule and data.temperature need data.sources: list the corpora there")
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources has a name twice: {', '.join(names)}; give each its own")
+        if self.packing == "carry" and len(names) > 1:
+            raise ValueError(
+                f"data.packing = 'carry' with data.sources ({', '.join(names)}): a lane takes every sequence from "
+                "another source, so none goes on where the one before ended; keep one source, or use 'concat'"
+            )
         weighted = [source.weight for source in self.sources if source.weight is not None]
         if weighted and (len(weighted) < len(names) or not any(weighted)):
             raise ValueError("data.sources: give every source a weight, one of them above 0, or give none a weight")
@@ -243,6 +253,12 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"train.global_batch_sequences = {t.global_batch_sequences} must be a multiple of data.lanes = "
             f"{config.data.lanes}: every step takes the same number of sequences from every lane"
+        )
+    elif config.data.packing == "carry" and t.global_batch_sequences != config.data.lanes:
+        problems.append(
+            f"data.packing = 'carry' with data.lanes = {config.data.lanes} and train.global_batch_sequences = "
+            f"{t.global_batch_sequences}: every place of a batch must be a lane of its own; set data.lanes = "
+            f"{t.global_batch_sequences}"
         )
     if p.zero_stage >= 2 and p.pp > 1:
         problems.append(

@@ -70,14 +70,32 @@ def remote_settings(config: RunConfig) -> RemoteSettings:
 
 def _warn_of_small_cache(config: RunConfig, manifest: Manifest) -> None:
     n_bytes = sum(shard.n_bytes for shard in manifest.iter_shards())
-    if n_bytes > config.data.cache_bytes:
-        # The seeded order takes every record from another shard.
+    if n_bytes <= config.data.cache_bytes:
+        return
+    if config.data.shuffle == "records":  # every record from another shard
         log.warning(
             "the shards of %s have %d bytes, data.cache_bytes is %d: the order visits them at random, so shards will "
-            "be fetched again and again. Raise data.cache_bytes to hold them all",
+            "be fetched again and again. Raise data.cache_bytes to hold them all, or begin the run with "
+            "data.shuffle = 'shards', which needs room for a few",
             config.data.manifest,
             n_bytes,
             config.data.cache_bytes,
+        )
+        return
+    shards = manifest.split("train").shards
+    n_records = sum(len(shard.records) for shard in shards)
+    # What all lanes' windows span, the shard they have not quite left, and one more for lanes that are ahead.
+    n_open = 2 + config.data.lanes * config.data.shuffle_records * len(shards) // n_records
+    if n_open * max(shard.n_bytes for shard in shards) > config.data.cache_bytes:
+        log.warning(
+            "data.cache_bytes is %d, too little for the %d shards of %s that %d lanes with windows of %d records read "
+            "at a time: shards will be fetched again and again. Raise data.cache_bytes, or build the data with larger "
+            "shards",
+            config.data.cache_bytes,
+            n_open,
+            config.data.manifest,
+            config.data.lanes,
+            config.data.shuffle_records,
         )
 
 
@@ -121,6 +139,7 @@ def check_supply(
             sequences_per_lane=config.train.global_batch_sequences // config.data.lanes,
             step=step,
             n_steps=config.train.stop_at_step or config.train.steps,
+            shuffle=config.data.shuffle,
         )
 
 

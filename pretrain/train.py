@@ -213,6 +213,7 @@ def open_stream(
         dp_rank=dp_rank,
         dp_size=dp,
         shuffle_records=config.data.shuffle_records,
+        shuffle=config.data.shuffle,
         packing=config.data.packing,
         workers=config.data.workers,
         states=lanes,

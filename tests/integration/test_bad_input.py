@@ -147,6 +147,7 @@ def test_a_foreign_checkpoint_is_refused(run_copy, data):
         ("model.pattern=full", "model.pattern was 'gdn,full', is 'full'"),
         ("run.seed=7", "run.seed was 0, is 7"),
         ("data.lanes=8", "data.lanes was 4, is 8"),
+        ("data.shuffle=shards", "data.shuffle was 'records', is 'shards'"),
         ("train.seq_len=32", "train.seq_len was 64, is 32"),
     ],
 )

@@ -57,14 +57,18 @@ def copy(small: Manifest, tmp_path: Path) -> Manifest:
 def save_documents(small: Manifest, tmp_path: Path) -> Callable[..., Manifest]:
     """Writes given documents (token ids, eos is added) as a data set with `small`'s tokenizer."""
 
-    def save(documents: Sequence[Sequence[int]], *, record_tokens: int = 1, vocab_size: int = 0) -> Manifest:
+    def save(
+        documents: Sequence[Sequence[int]], *, record_tokens: int = 1, shard_bytes: int = 4000, vocab_size: int = 0
+    ) -> Manifest:
         folder = tmp_path / f"documents-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         shutil.copyfile(small.folder / small.tokenizer.file, folder / small.tokenizer.file)
         size = vocab_size or small.vocab_size
         splits = {}
         for name in ("train", "heldout"):
-            writer = SplitWriter(folder, name, dtype=dtype_for(size), record_tokens=record_tokens, shard_bytes=4000)
+            writer = SplitWriter(
+                folder, name, dtype=dtype_for(size), record_tokens=record_tokens, shard_bytes=shard_bytes
+            )
             for document in documents:
                 writer.add(np.array([*document, small.eos_id]))
             splits[name] = writer.close()

@@ -44,9 +44,8 @@ def pack(documents, seq_len, *, window=1000, **settings):
     """(sequence, documents of earlier windows + place in its own) for windows of so many documents."""
     windows = [Window(0, i, documents[i : i + window]) for i in range(0, len(documents), window)]
     return [
-        (sequence, Place(packed.number + place[0], place[1]))
-        for packed in pack_concatenated(windows, seq_len, **settings)
-        for sequence, place in zip(packed.sequences, packed.places, strict=True)
+        (sequence, Place(number + document, offset))
+        for sequence, (_, number, document, offset) in pack_concatenated(windows, seq_len, **settings)
     ]
 
 
@@ -213,7 +212,7 @@ def test_best_fit_and_its_order_never_change(small):
 
 def test_a_batch_counts_its_padding():
     documents = make_documents([5, 2])
-    sequences = fill_sequences(documents, plan_best_fit([5, 2], 4), 4, 0)
+    sequences = list(fill_sequences(documents, plan_best_fit([5, 2], 4), 4, 0))
     assert [sequence.n_padding for sequence in sequences] == [0, 1]
     assert Batch.stack(sequences, [0, 1]).n_padding == 1
     assert Batch.stack([*sequences, padding_sequence(4, 0, "uint16")], range(3)).n_padding == 5
@@ -232,5 +231,5 @@ def test_best_fit_states_that_do_not_fit_are_refused(small):
     for other in ({"packing": "concat"}, {"seq_len": 128}):
         with pytest.raises(DataError, match=r"data.packing, data.seed, data.lanes or data.shuffle_records changed"):
             GlobalBatchStream(small, **{**settings, **other}, states=states)
-    with pytest.raises(DataError, match=r"packing='first_fit' is unknown; use 'concat' or 'best_fit'"):
+    with pytest.raises(DataError, match=r"packing='first_fit' is unknown; use 'concat', 'carry' or 'best_fit'"):
         GlobalBatchStream(small, **{**settings, "packing": "first_fit"})

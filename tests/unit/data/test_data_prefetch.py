@@ -95,9 +95,8 @@ def test_a_killed_worker_is_an_error_and_no_hang(small, open_stream):
 
 
 def test_a_worker_that_hangs_is_an_error_after_the_timeout(small):
-    lanes = PrefetchedLanes(
-        LaneSettings(small, "train", 7, 128, 4, 2, 2, "concat", 0), range(4), None, n_workers=1, timeout_s=5.0
-    )
+    settings = LaneSettings(small, "train", 7, 128, 4, 2, 2, "records", "concat", 0)
+    lanes = PrefetchedLanes(settings, range(4), None, n_workers=1, timeout_s=5.0)
 
     def read_on():
         while True:

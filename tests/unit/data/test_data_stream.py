@@ -1,11 +1,15 @@
 """One seed, one stream: on any number of ranks, and after any stop."""
 
 import json
+import os
+import warnings
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loopline.data_pipeline import shards
 from loopline.data_pipeline.batch import global_batch_sha256
 from loopline.data_pipeline.digest import stream_digest
 from loopline.data_pipeline.errors import DataError
@@ -161,7 +165,8 @@ def test_the_tokens_of_a_run_never_change(save_documents, packing, digest):
     assert stream_digest([stream], 40)[:16] == digest
 
 
-def test_a_header_that_another_tool_wrote_differently_is_read_as_well(copy):
+@pytest.mark.parametrize("n_longer", [0, 64])
+def test_a_header_that_another_tool_wrote_differently_is_read_as_well(copy, n_longer):
     """Ours are compared with what numpy writes; others are parsed."""
     reader = SplitReader(copy, "train")
     expected = reader.documents(0)
@@ -171,10 +176,48 @@ def test_a_header_that_another_tool_wrote_differently_is_read_as_well(copy):
         file.seek(at)
         assert file.read(128) == _npy_header(np.dtype("<u2"), n_tokens)
         other = f"{{'shape': ({n_tokens},), 'fortran_order': False, 'descr': '<u2'}}"
-        file.seek(at + 10)
-        file.write(other.ljust(117).encode())
+        data = file.read(2 * n_tokens)
+        file.seek(at + 8)
+        file.write((118 + n_longer).to_bytes(2, "little") + other.ljust(117 + n_longer).encode() + b"\n" + data)
     for found, document in zip(reader.documents(0), expected, strict=True):
         np.testing.assert_array_equal(found, document)
+
+
+def open_files(folder):
+    """Names of the files of a folder that this process has open."""
+    targets = (Path(os.path.realpath(entry)) for entry in Path("/proc/self/fd").iterdir())
+    return [target.name.removesuffix(" (deleted)") for target in targets if target.parent == folder]
+
+
+def test_a_reader_keeps_a_bounded_number_of_shards_open(copy, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    names = [shard.name for shard in copy.splits["train"].shards]
+    assert len(names) > 2
+    reader = SplitReader(copy, "train")
+    for record in range(reader.n_records):
+        reader.documents(record)
+        assert len(open_files(copy.folder)) <= 2
+    assert sorted(open_files(copy.folder)) == names[-2:]
+    last = reader.documents(reader.n_records - 1)
+    (copy.folder / names[-1]).unlink()  # what is open stays readable, whatever becomes of its name
+    for found, expected in zip(reader.documents(reader.n_records - 1), last, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    (copy.folder / names[0]).unlink()
+    with pytest.raises(DataError, match=rf"{names[0]} cannot be read: .*No such file"):
+        reader.documents(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del reader
+    assert caught == []  # Python's own about files that nobody closed
+    assert open_files(copy.folder) == []
+
+
+def test_reading_moves_no_position_that_forked_processes_would_share(small):
+    reader = SplitReader(small, "train")
+    for record in range(reader.n_records):
+        reader.documents(record)
+    assert len(reader._open) > 2
+    assert {os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in reader._open.values()} == {0}
 
 
 def test_no_label_crosses_a_document(small):
