@@ -144,7 +144,7 @@ def check_boundaries(cu_seqlens: list[int], n_rows: int, n_tokens: int) -> None:
     if n_rows != 1:
         raise ValueError(f"batch is {n_rows}; pack sequences into one row and give their cu_seqlens")
     is_rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
-    if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or not is_rising:
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or not is_rising:
         raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {n_tokens}")
 
 
@@ -170,6 +170,12 @@ def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:
     """
     if state is not None and state.shape != want:
         raise ValueError(f"initial_state {tuple(state.shape)} must be [N, H, K, V] = {want}")
+
+
+@functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop
+def cu_seqlens_on(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """cu_seqlens as the int32 tensor other libraries' kernels want."""
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Flash attention on Triton: every launch, as custom ops with a backward pass."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -16,7 +15,8 @@ from loopline.kernels.attention.attention_kernels import (
 from loopline.kernels.attention.bitmask_kernels import attention_tiles_kernel, attention_transpose_kernel
 from loopline.kernels.attention.tiles import Tile, Tiles, split_head, tiles_for
 from loopline.kernels.backends import check_boundaries
-from loopline.kernels.tables import boundaries_on, pieces_on
+from loopline.kernels.devices import on_its_device
+from loopline.kernels.tables import boundaries_on, pieces_by_work_on, pieces_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
@@ -73,9 +73,9 @@ def flash_attention(
         *(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)),
         bitmask,
         boundaries_on(bounds, q.device),
-        _long_first(bounds, tiles.fwd.rows, q.device),
-        _long_first(bounds, tiles.dq.rows, q.device),
-        _long_first(bounds, tiles.dkv.rows, q.device, is_keys=True),
+        pieces_by_work_on(bounds, tiles.fwd.rows, False, q.device),
+        pieces_by_work_on(bounds, tiles.dq.rows, False, q.device),
+        pieces_by_work_on(bounds, tiles.dkv.rows, True, q.device),
         pieces_on(bounds, 32 * _TRANSPOSED_WORDS, q.device),
         longest=longest,
         window=0 if window is None or window >= longest else window,
@@ -113,14 +113,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int |
             raise ValueError(f"bitmask on {bitmask.device} must be on {q.device}, where q is")
 
 
-@functools.lru_cache(maxsize=48)  # as the tables it is made of, for three kernels
-def _long_first(cu_seqlens: tuple[int, ...], length: int, device: torch.device, is_keys: bool = False) -> Tensor:
-    """`pieces_on` with those first that have most to do: late queries, early keys. The last to start end soon."""
-    pieces = pieces_on(cu_seqlens, length, device)
-    return pieces[pieces[:, 1].argsort(descending=not is_keys, stable=True)]
-
-
 @torch.library.custom_op("loopline::attention_fwd", mutates_args=())
+@on_its_device
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -156,6 +150,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tens
 
 
 @torch.library.custom_op("loopline::attention_bwd", mutates_args=())
+@on_its_device
 def attention_bwd(
     do: Tensor,
     q: Tensor,

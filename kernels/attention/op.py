@@ -8,8 +8,7 @@ from torch import Tensor, cat
 from torch.nn import functional as F
 
 from loopline.kernels.attention import reference
-from loopline.kernels.backends import check_boundaries, check_heads, unknown
-from loopline.kernels.tables import boundaries_on
+from loopline.kernels.backends import check_boundaries, check_heads, cu_seqlens_on, unknown
 
 BACKENDS = ("sdpa", "fla", "triton", "flex", "reference")  # preferred first
 
@@ -122,5 +121,5 @@ def _fla(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | N
         v=v,
         scale=q.shape[-1] ** -0.5,
         window_size=window,  # fla too counts the query's own key
-        cu_seqlens=boundaries_on(tuple(cu_seqlens), q.device),
+        cu_seqlens=cu_seqlens_on(tuple(cu_seqlens), q.device),
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 2**24  # bits spread out at once, by the conversions
+_BLOCK_WORDS = 2**24  # words counted at once: of a long row they are gigabytes, and counting copies them a few times
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,14 @@ def gathered(chosen: Tensor) -> Tensor:
     return (chosen.unflatten(-1, (-1, 32)).to(torch.int32) << bits).sum(-1, dtype=torch.int32)
 
 
-def population(words: Tensor) -> Tensor:
-    """Bits set in each row of words: [..., W] -> [...], int32."""
+def population(words: Tensor, other: Tensor | None = None) -> Tensor:
+    """Bits set in each row of words, or in both of two: [T, W] -> [T], int32."""
+    step = max(1, _BLOCK_WORDS // words.shape[1])
+    blocks = (slice(i, i + step) for i in range(0, words.shape[0], step))
+    return torch.cat([_population(words[rows] if other is None else words[rows] & other[rows]) for rows in blocks])
+
+
+def _population(words: Tensor) -> Tensor:
     # Sums of neighbouring 1, 2, 4, .. bits. A shift of a negative word brings in ones, which the masks take off.
     x = words - ((words >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)

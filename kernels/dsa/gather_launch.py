@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loopline.kernels.backends import check_boundaries
+from loopline.kernels.devices import on_its_device
 from loopline.kernels.dsa.gather_kernels import (
     gather_attention_bwd_sum_kernel,
     gather_attention_bwd_walk_kernel,
@@ -83,6 +84,7 @@ def gather_attention(
 
 
 @torch.library.custom_op("loopline::gather_attention_fwd", mutates_args=())
+@on_its_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -136,6 +138,7 @@ def _(
 
 
 @torch.library.custom_op("loopline::gather_attention_bwd", mutates_args=())
+@on_its_device
 def _backward(
     do: Tensor,
     dlse: Tensor,

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from loopline.kernels.devices import on_its_device
 from loopline.kernels.dsa.bitmask import Bitmask
 from loopline.kernels.dsa.blocks import ROW_TILE
 from loopline.kernels.dsa.index_kernels import index_lse_kernel, index_scores_kernel, index_select_kernel
@@ -130,6 +131,7 @@ class _Row:
 
 
 @torch.library.custom_op("loopline::sparse_index_select", mutates_args=())
+@on_its_device
 def sparse_index_select(
     q_index: Tensor,
     k_index: Tensor,
@@ -163,6 +165,7 @@ def _(
 
 
 @torch.library.custom_op("loopline::sparse_index_loss", mutates_args=())
+@on_its_device
 def sparse_index_loss(
     q: Tensor,
     k: Tensor,

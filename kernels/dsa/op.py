@@ -365,7 +365,7 @@ def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
     if isinstance(a, Bitmask) and isinstance(b, Bitmask):
         if a.words.shape != b.words.shape:
             raise ValueError(f"bitmasks are {tuple(a.words.shape)} and {tuple(b.words.shape)}; they must be of one row")
-        return (population(a.words & b.words) / a.counts()).sum(), a.words.shape[0]
+        return (population(a.words, b.words) / a.counts()).sum(), a.words.shape[0]
     if isinstance(a, Bitmask) or isinstance(b, Bitmask):
         raise ValueError("one selection is a Bitmask and the other index lists: convert one, Bitmask.from_positions")
     if a.shape[0] != b.shape[0]:
@@ -419,7 +419,7 @@ def _over_heads(sums: IndexerLoss, n_heads: int, row_stride: int, sum_heads: Sum
     if sum_heads is None:
         return IndexerLoss(*(x * (row_stride / n_heads) for x in sums))
     # One all-reduce of [T, HI (DI + 1) + DI], the number of heads with it.
-    flat = sum_heads(torch.cat([*(x.flatten() for x in sums), sums.loss_sum.new_tensor([n_heads])]))
+    flat = sum_heads(torch.cat([*(x.flatten() for x in sums), sums.loss_sum.new_full((1,), n_heads)]))
     parts = (flat[:-1] * (row_stride / flat[-1])).split([x.numel() for x in sums])
     return IndexerLoss(*(part.view(x.shape) for part, x in zip(parts, sums)))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopline.kernels.devices import on_its_device
 from loopline.kernels.gated_delta.backward_kernels import gated_delta_bwd_gradients_kernel, gated_delta_bwd_scan_kernel
 from loopline.kernels.gated_delta.forward_kernels import (
     gated_delta_fwd_chunk_kernel,
@@ -136,6 +137,7 @@ def _n_processors(device: torch.device) -> int:
 
 
 @torch.library.custom_op("loopline::gated_delta_fwd", mutates_args=())
+@on_its_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -154,7 +156,7 @@ def _forward(
     """o; final_state; and for the backward pass, empty where no document is cut, the state before each segment
     [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
     row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
-    maps, before = q.new_empty(0), q.new_empty(0)
+    maps, before = g.new_empty(0), g.new_empty(0)  # fp32, as where they are filled
     if longest > 1:
         maps, before = row.maps(), row.states(0.0)
         if initial_state is not None:
@@ -169,6 +171,7 @@ def _forward(
 
 
 @torch.library.custom_op("loopline::gated_delta_bwd", mutates_args=())
+@on_its_device
 def _backward(
     d_o: Tensor,
     d_final: Tensor,

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
 from loopline.kernels.gated_delta.reference import chunked
 from loopline.kernels.precision import l2_normalize
-from loopline.kernels.tables import boundaries_on
 
 BACKENDS = ("fla", "triton", "reference")  # preferred first
 
@@ -94,5 +93,5 @@ def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore
         scale=scale,
         initial_state=initial_state,
         output_final_state=True,
-        cu_seqlens=boundaries_on(tuple(cu_seqlens), q.device),
+        cu_seqlens=cu_seqlens_on(tuple(cu_seqlens), q.device),
     )

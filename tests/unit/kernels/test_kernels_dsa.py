@@ -444,6 +444,16 @@ def test_bits_are_counted_as_a_loop_counts_them() -> None:
     assert population(words).tolist() == expected
 
 
+def test_counting_bits_makes_nothing_of_the_size_of_a_long_bitmask(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randint(-(2**31), 2**31, (2, 50, 7)).int()
+    expected = [sum((word & 0xFFFFFFFF).bit_count() for word in row) for row in (a & b).tolist()]
+    monkeypatch.setattr("loopline.kernels.dsa.bitmask._BLOCK_WORDS", 21)
+    with LargestTensor() as largest:
+        assert population(a, b).tolist() == expected
+        op.selection_overlap(Bitmask(a), Bitmask(b))
+    assert largest.n_elements == 50  # the counts
+
+
 def test_positions_outside_the_past_are_no_bits_and_slots_that_lack_drop_the_highest() -> None:
     bounds = [0, 3, 8]
     lists = torch.tensor([[0, 1], [0, -1], [2, 3], [3, 2], [7, 3], [5, 4], [-1, -1], [3, 7]], dtype=torch.int32)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from loopline.kernels.tables import boundaries_on, first_pieces_on, kept, pieces_on
+from loopline.kernels.tables import boundaries_on, first_pieces_on, kept, pieces_by_work_on, pieces_on
 
 CPU = torch.device("cpu")
 ROWS = [(0, 1), (0, 64), (0, 65), (0, 1, 2, 130, 194), (0, 63, 64, 191)]
@@ -30,21 +30,34 @@ def test_first_pieces_are_where_documents_begin(bounds: tuple[int, ...]) -> None
         assert pieces[start:end].tolist() == [[document, piece] for piece in range(end - start)]
 
 
-def test_a_table_is_built_once_and_is_a_constant_of_a_graph() -> None:
+def test_late_queries_and_early_keys_go_first() -> None:
+    assert pieces_by_work_on((0, 1, 130), 64, False, CPU).tolist() == [[1, 2], [1, 1], [0, 0], [1, 0]]
+    assert pieces_by_work_on((0, 1, 130), 64, True, CPU).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2]]
+
+
+def test_a_table_is_built_once_and_is_one_operator_of_a_graph() -> None:
     built = []
 
     @kept
-    def table(n: int) -> torch.Tensor:
-        built.append(n)
-        return torch.arange(n)
+    def table_of_this_test(cu_seqlens: tuple[int, ...], length: int) -> list[int]:
+        built.append(cu_seqlens)
+        return list(range(length))
 
-    graphs = []
+    def use(x: torch.Tensor) -> torch.Tensor:  # one kind twice, in one size and in another
+        first, again = (table_of_this_test((0, 7), 3, CPU) for _ in range(2))
+        return (x + first + again) * table_of_this_test((0, 7), 4, CPU)[:3]
 
-    def noting(graph, inputs):  # type: ignore[no-untyped-def]
-        graphs.append(graph)
-        return graph
+    eager = use(torch.ones(3))
+    x = torch.ones(3, requires_grad=True)
+    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")(x)
+    assert compiled.tolist() == eager.tolist() == [0, 3, 10]
+    (gradient,) = torch.autograd.grad(compiled.sum(), x)
+    assert gradient.tolist() == [0, 1, 2]
+    assert built == [(0, 7)] * 2
+    assert table_of_this_test((0, 7), 3, CPU) is table_of_this_test((0, 7), 3, CPU)
 
-    compiled = torch.compile(lambda x: x + table(3) + table(3), fullgraph=True, backend=noting)
-    assert compiled(torch.zeros(3)).tolist() == [0, 2, 4]
-    assert built == [3]
-    assert not [node for graph in graphs for node in graph.graph.nodes if "arange" in str(node.target)]
+
+def test_a_table_first_asked_for_in_inference_mode_can_be_saved_for_backward() -> None:
+    with torch.inference_mode():
+        boundaries_on((0, 3, 11), CPU)
+    assert not boundaries_on((0, 3, 11), CPU).is_inference()
