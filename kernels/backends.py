@@ -1,12 +1,14 @@
 """What every op shares: which backends can run here, which "auto" takes, and the checks of a packed row."""
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import logging
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,6 +172,15 @@ def check_state(state: Tensor | None, want: tuple[int, ...]) -> None:
     """
     if state is not None and state.shape != want:
         raise ValueError(f"initial_state {tuple(state.shape)} must be [N, H, K, V] = {want}")
+
+
+def imported(module: str, name: str) -> Any:
+    """What an optional package has: it takes seconds to import, or is not there.
+
+    No import statement, because exports carry this code and transformers 5.23 refuses a model from the Hub where any
+    file of it imports a package that is not installed, in a function too.
+    """
+    return getattr(importlib.import_module(module), name)
 
 
 @functools.lru_cache(maxsize=16)  # copied to the device once a row, not at every block and loop

@@ -8,7 +8,7 @@ from torch import Tensor, cat
 from torch.nn import functional as F
 
 from loopline.kernels.attention import reference
-from loopline.kernels.backends import check_boundaries, check_heads, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_heads, cu_seqlens_on, imported, unknown
 
 BACKENDS = ("sdpa", "fla", "triton", "flex", "reference")  # preferred first
 
@@ -112,9 +112,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int) 
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None) -> Tensor:
-    # Imported here: fla takes seconds to import and is absent on CPU installs.
-    from fla.ops.attn.parallel import parallel_attn
-
+    parallel_attn = imported("fla.ops.attn.parallel", "parallel_attn")
     return parallel_attn(
         q=q,
         k=k,

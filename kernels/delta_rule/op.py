@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
 from loopline.kernels.delta_rule.reference import chunked
 
 BACKENDS = ("fla", "reference")  # preferred first
@@ -64,10 +64,9 @@ def _fla(q, k, v, *, beta, scale, cu_seqlens, initial_state):  # type: ignore[no
                 f"delta_rule backend 'fla' got {name} in {x.dtype} and computes in bf16 or fp16 only; "
                 "set train.dtype=bf16 or take backend 'reference'"
             )
-    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only, like every call of fla:
+    # Keywords only, like every call of fla:
     # its forms do not agree on the order of arguments.
-    from fla.ops.delta_rule import chunk_delta_rule
-
+    chunk_delta_rule = imported("fla.ops.delta_rule", "chunk_delta_rule")
     return chunk_delta_rule(
         q=q,
         k=k,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
 from loopline.kernels.gated_delta.reference import chunked
 from loopline.kernels.precision import l2_normalize
 
@@ -80,10 +80,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
-    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only: fla's chunk, naive and
+    # Keywords only: fla's chunk, naive and
     # recurrent forms order g and beta differently, and a swap gives NaN without an error.
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    chunk_gated_delta_rule = imported("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
     return chunk_gated_delta_rule(
         q=q,
         k=k,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
 from loopline.kernels.gla.reference import chunked
 
 BACKENDS = ("fla", "reference")  # preferred first
@@ -62,10 +62,9 @@ def _fla(
     cu_seqlens: list[int],
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only: fla's forms name the gate
+    # Keywords only: fla's forms name the gate
     # g here and gk in the recurrent ones.
-    from fla.ops.gla import chunk_gla
-
+    chunk_gla = imported("fla.ops.gla", "chunk_gla")
     return chunk_gla(
         q=q,
         k=k,

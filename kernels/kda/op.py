@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
 from loopline.kernels.kda.reference import chunked
 
 BACKENDS = ("fla", "reference")  # preferred first
@@ -58,10 +58,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
-    # Imported here: fla takes seconds to import and is absent on CPU installs. Keywords only, like every call of fla:
+    # Keywords only, like every call of fla:
     # its forms do not agree on the order of arguments. g is already a log decay, so fla's own gate stays off.
-    from fla.ops.kda import chunk_kda
-
+    chunk_kda = imported("fla.ops.kda", "chunk_kda")
     return chunk_kda(
         q=q,
         k=k,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, unknown
+from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
 from loopline.kernels.simple_gla.reference import chunked
 
 BACKENDS = ("fla", "reference")  # preferred first
@@ -68,9 +68,7 @@ def _fla(
     cu_seqlens: list[int],
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # Imported here: fla takes seconds to import and is absent on CPU installs.
-    from fla.ops.simple_gla import chunk_simple_gla
-
+    chunk_simple_gla = imported("fla.ops.simple_gla", "chunk_simple_gla")
     # fla reads one q and k head per v head and with fewer returns NaN without an error.
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     # fla gives g_gamma no gradient, so a constant decay that learns is spelled out at every token.

@@ -2,8 +2,9 @@
 
 An export needs torch and transformers only. So the references of the kernels, which the training model runs on, travel
 with it: there is one source for the maths of every recurrence. An import `from loopline.a.b import x` becomes
-`from .b import x`, and the registry lists only the mixers the model has. Our Triton kernels stay behind: what launches
-them (`launch.py`, `*_launch.py`) is imported when it is asked for, and is there where this package is installed.
+`from .b import x`, and the registry lists only the mixers the model has. Our Triton kernels stay behind: they are there
+where this package is installed, and are imported when asked for without an import statement, for the reason that
+`kernels.backends.imported` gives.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ from loopline.models.hf.modules.registry import MIXERS
 
 ROOT = "loopline.models.hf.modeling_loopline"
 REGISTRY = "loopline.models.hf.modules.registry"
-_IMPORT = re.compile(r"^(\s*)from (loopline\.(?![\w.]*launch import)[\w.]+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)from (loopline\.[\w.]+) import", re.MULTILINE)
+_LAUNCH = re.compile(r"^(\s+)from (loopline\.kernels\.[\w.]*launch) import (\w+)$", re.MULTILINE)
 
 
 def shipped_sources(mixer_names: list[str]) -> dict[str, str]:
@@ -49,7 +51,8 @@ def _read(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None, module
     assert spec.origin is not None, module
-    return Path(spec.origin).read_text(encoding="utf-8")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    return _LAUNCH.sub(r'\1\3 = __import__("importlib").import_module("\2").\3', source)
 
 
 def _registry(mixer_names: list[str]) -> str:

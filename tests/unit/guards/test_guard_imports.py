@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,19 +55,12 @@ def test_packages_are_imported_under_loopline_and_tests_by_nobody(path: Path) ->
 @pytest.mark.parametrize(("name", "source"), shipped_sources(list(MIXERS)).items(), ids=lambda x: x[:40])
 def test_files_shipped_with_an_export_import_only_torch_transformers_and_each_other(name: str, source: str) -> None:
     siblings = {Path(file).stem for file in shipped_sources(list(MIXERS))}
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:  # its folder has no loopline beside it
             assert (node.level, node.module in siblings) == (1, True), (name, node.module)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            allowed = ("torch", "transformers", "fla", *sys.stdlib_module_names)
-            if node not in tree.body:  # our Triton kernels, where this package is installed
-                modules = [
-                    module
-                    for module in modules
-                    if not re.fullmatch(r"loopline\.kernels\.\w+\.(\w+_)?launch", str(module))
-                ]
+            allowed = ("torch", "transformers", *sys.stdlib_module_names)
             assert all(is_under(str(module), *allowed) for module in modules), (name, modules)
 
 

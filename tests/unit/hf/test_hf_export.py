@@ -119,7 +119,8 @@ def test_modelling_code_needs_torch_and_transformers_only(tmp_path: Path) -> Non
     assert not {"window", "kda"} & set(files)  # of mixers, those it has
     files["modeling_loopline"] = tmp_path / "out" / "modeling_loopline.py"
     found = {name for path in files.values() for name in get_imports(path)}
-    assert found <= {"torch", "transformers", "fla", *sys.stdlib_module_names}
+    # Of the Hub transformers asks for all that any file imports, in functions too.
+    assert found <= {"torch", "transformers", *sys.stdlib_module_names}
     assert not [path for path in files.values() if "from loopline" in path.read_text()]
 
 
