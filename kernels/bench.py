@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,6 +201,58 @@ def sparse_case(length: int, top_k: int, n_heads: int, n_kv_heads: int, d_head: 
     )
 
 
+def indexer_case(length: int, top_k: int | None, n_heads: int, n_kv_heads: int, d_head: int, n_documents: int) -> Case:
+    """A DSA block's choice, its attention, and the indexer's loss with its gradients, which forward computes; without
+    `top_k` attention and loss are dense (warm-up)."""
+    n_index, d_index = 4, 64
+
+    def make(n_tokens: int, device: torch.device) -> dict[str, Tensor]:
+        return sparse_case(length, 1, n_heads, n_kv_heads, d_head, 1).make(n_tokens, device)
+
+    def run(inputs: dict[str, Tensor], cu_seqlens: list[int], backend: str) -> Tensor:
+        index: dict[str, Any] = {name: inputs[name] for name in ("q_index", "k_index", "weights")}
+        q, k, v = (inputs[name].detach() for name in "qkv")
+        row: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": backend}
+        chosen = dsa.select(**index, top_k=top_k, **row) if top_k else None
+        _, lse = dsa.sparse_attention_with_lse(q, k, v, chosen, **row)
+        loss = dsa.indexer_loss(q, k, chosen, **index, lse=lse, **row)
+        return _WithGradients.apply(*index.values(), *loss)  # type: ignore[no-untyped-call]
+
+    causal = n_documents * length * (length + 1) / 2
+    reach = min(top_k or length, length)
+    pairs = n_documents * (reach * length - reach * (reach - 1) / 2)
+    index_bytes = 2 * n_documents * length * (n_index * (d_index + 1) + d_index)
+    return Case(
+        op="indexer",
+        name=f"B{n_documents} T{length} H{n_heads} G{n_kv_heads} D{d_head} {f'k{top_k}' if top_k else 'dense'}",
+        lengths=[length] * n_documents,
+        make=make,
+        run=run,
+        backends=dsa.BACKENDS,
+        # The choice scores every causal pair; the set's pairs go through attention, its probabilities once more, and
+        # the index products three times.
+        forward=Work(
+            (causal if top_k else 0) * 2 * n_index * d_index + pairs * (6 * n_heads * d_head + 6 * n_index * d_index),
+            3 * index_bytes,
+        ),
+        backward=Work(0, 2 * index_bytes),
+    )
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, w: Tensor, loss: Tensor, dq: Tensor, dk: Tensor, dw: Tensor) -> Tensor:
+        ctx.save_for_backward(dq, dk, dw)
+        ctx.dtypes = q.dtype, k.dtype, w.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *((grad * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None, None
+
+
 def gather_case(length: int, top_k: int, n_heads: int, n_kv_heads: int, d_head: int, tile: int) -> Case:
     """Attention over random lists that `tile` neighbouring queries share, for long rows; the choice is not included."""
 
@@ -270,6 +323,7 @@ CASES = [
     attention_case(4, 4096, 16, 4, 128, 512),
     attention_case(4, 4096, 16, 4, 128, 2048),
     *(sparse_case(t, k, 16, 4, 128, max(1, 16384 // t)) for t in (4096, 16384, 65536) for k in (256, 512, 2048)),
+    *(indexer_case(t, k, 16, 4, 128, max(1, 16384 // t)) for t in (4096, 16384) for k in (512, None)),
     *(gather_case(t, k, 16, 4, 128, 16) for t in (16384, 65536) for k in (256, 512, 2048)),
 ]
 

@@ -24,6 +24,18 @@ def test_a_right_backend_passes_the_gate() -> None:
     assert worst_error(WINDOW, "sdpa", CPU, n_tokens=130) <= GATE
 
 
+def test_an_indexers_gradients_are_compared_too() -> None:
+    case = BY_NAME["indexer B4 T4096 H16 G4 D128 k512"]
+    assert worst_error(case, "reference", CPU, n_tokens=130) <= GATE
+
+    def run(inputs, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+        if backend == "triton":  # the same loss, a gradient that is off by a tenth
+            inputs = inputs | {"k_index": inputs["k_index"] * 1.1 - 0.1 * inputs["k_index"].detach()}
+        return case.run(inputs, cu_seqlens, "reference")
+
+    assert worst_error(dataclasses.replace(case, run=run), "triton", CPU, n_tokens=130) > 0.05
+
+
 @pytest.mark.parametrize("fault", [lambda o: o * 1.03, lambda o: o.masked_fill(torch.rand_like(o) < 1e-4, torch.nan)])
 def test_a_wrong_backend_does_not(fault) -> None:  # type: ignore[no-untyped-def]
     def run(inputs, cu_seqlens, backend):  # type: ignore[no-untyped-def]
