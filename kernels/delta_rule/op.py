@@ -64,8 +64,7 @@ def _fla(q, k, v, *, beta, scale, cu_seqlens, initial_state):  # type: ignore[no
                 f"delta_rule backend 'fla' got {name} in {x.dtype} and computes in bf16 or fp16 only; "
                 "set train.dtype=bf16 or take backend 'reference'"
             )
-    # Keywords only, like every call of fla:
-    # its forms do not agree on the order of arguments.
+    # Keywords only, like every call of fla: its forms do not agree on the order of arguments.
     chunk_delta_rule = imported("fla.ops.delta_rule", "chunk_delta_rule")
     return chunk_delta_rule(
         q=q,

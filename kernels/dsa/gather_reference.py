@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from loopline.kernels.backends import check_boundaries
-from loopline.kernels.dsa.op import index_scores
+from loopline.kernels.dsa.op import highest, index_scores
 from loopline.kernels.precision import wide
 from loopline.kernels.tables import pieces_on
 
@@ -82,28 +81,15 @@ def _best(
 ) -> Tensor:
     """[tiles] first tokens, [tiles, tile] scorers, [S] keys -> [tiles, n_slots]."""
     starts, scorers, keys = (x.to(q_index.device) for x in (starts, scorers, keys))
-    empty = torch.full((len(starts), n_slots), -1, dtype=torch.int32, device=q_index.device)
     if len(keys) == 0:
-        return empty
+        return torch.full((len(starts), n_slots), -1, dtype=torch.int32, device=q_index.device)
     is_scorer = (scorers >= document[0]) & (scorers < document[1])
     rows = scorers.clamp(document[0], document[1] - 1).flatten()
     scores = index_scores(q_index[0, rows], k_index[0, keys], weights[0, rows])  # [tiles * tile, S]
     scores = scores.masked_fill(scores.isnan(), torch.inf).unflatten(0, scorers.shape)
     may_score = is_scorer[..., None] & (keys <= scorers[..., None])
     scores = scores.masked_fill(~may_score, -torch.inf).amax(1)  # [tiles, S]
-    may_list = keys < starts[:, None]
-    return _highest(scores.masked_fill(~may_list, -torch.inf), may_list, keys, empty)
-
-
-def _highest(scores: Tensor, may_list: Tensor, keys: Tensor, empty: Tensor) -> Tensor:
-    """[NT, S] scores -> [NT, K] positions, rising, then -1: a threshold and a count, as in op.py."""
-    n = min(empty.shape[1], len(keys))
-    threshold = scores.topk(n, dim=-1).values[:, -1:]
-    is_above, is_tied = scores > threshold, scores == threshold
-    n_tied = n - is_above.sum(-1, keepdim=True)
-    chosen = (is_above | (is_tied & (is_tied.cumsum(-1) <= n_tied))) & may_list
-    slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, empty.shape[1])  # one spare slot takes the rest
-    return F.pad(empty, (0, 1), value=-1).scatter_(1, slot, keys.int().expand_as(slot))[:, :-1]
+    return highest(scores, keys < starts[:, None], keys, n_slots)
 
 
 def tile_selection(lists: Tensor, *, tile: int, cu_seqlens: list[int]) -> Tensor:

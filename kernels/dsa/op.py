@@ -126,7 +126,8 @@ def select(
     selection = torch.empty(q_index.shape[1], n_slots, dtype=torch.int32, device=q_index.device)
     for block in blocks(cu_seqlens, q_index.shape[1], block_size):
         scores = index_scores(q_index[0, block.queries], k_index[0, block.keys], weights[0, block.queries])
-        selection[block.queries] = _highest(scores, block, n_slots)
+        positions = torch.arange(block.keys.start, block.keys.stop, device=scores.device)
+        selection[block.queries] = highest(scores, block.causal(scores.device), positions, n_slots)
     return selection
 
 
@@ -377,6 +378,31 @@ def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
     return (is_shared.sum(-1) / is_valid.sum(-1)).sum(), a.shape[0]
 
 
+def highest(scores: Tensor, allowed: Tensor, positions: Tensor, n_slots: int) -> Tensor:
+    """The positions of the `n_slots` highest allowed scores of each row; of equal ones those further left win.
+
+    A threshold and a count rather than the indices of topk, which promises nothing about ties. NaN counts as inf.
+
+    Args:
+        scores: [N, S].
+        allowed: [N, S], bool.
+        positions: [S], rising.
+    Returns:
+        [N, n_slots], int32: rising, then -1 where fewer are allowed.
+    """
+    n = min(n_slots, scores.shape[1])
+    # NaN does not compare: as inf, it is selected and the loss shows it.
+    scores = scores.masked_fill(scores.isnan(), float("inf")).masked_fill(~allowed, float("-inf"))
+    threshold = scores.topk(n, dim=-1).values[:, -1:]  # -inf where fewer than n are allowed
+    is_above = scores > threshold
+    is_tied = scores == threshold
+    n_tied = n - is_above.sum(-1, keepdim=True)
+    chosen = (is_above | (is_tied & (is_tied.cumsum(-1) <= n_tied))) & allowed
+    slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, n_slots)  # one spare slot takes the rest
+    empty = torch.full((scores.shape[0], n_slots + 1), -1, dtype=torch.int32, device=scores.device)
+    return empty.scatter_(1, slot, positions.int().expand_as(slot))[:, :n_slots]
+
+
 def _index_heads(q_index: Tensor, k_index: Tensor) -> Tensor:
     """relu(q_tj . k_s): [BT, HI, DI], [S, DI] -> [BT, HI, S]."""
     return torch.einsum("tjd,sd->tjs", wide(q_index), wide(k_index)).relu()
@@ -385,26 +411,6 @@ def _index_heads(q_index: Tensor, k_index: Tensor) -> Tensor:
 def _weigh(heads: Tensor, weights: Tensor) -> Tensor:
     """[BT, HI, S], [BT, HI] -> [BT, S]."""
     return torch.einsum("tjs,tj->ts", heads, wide(weights))
-
-
-def _highest(scores: Tensor, block: Block, n_slots: int) -> Tensor:
-    """[BT, S] scores -> [BT, n_slots] positions in the row, rising, then -1.
-
-    A threshold and a count rather than the indices of topk, which promises nothing about ties.
-    """
-    causal = block.causal(scores.device)
-    n = min(n_slots, block.n_keys)
-    # NaN does not compare: as inf, it is selected and the loss shows it.
-    scores = scores.masked_fill(scores.isnan(), float("inf")).masked_fill(~causal, float("-inf"))
-    threshold = scores.topk(n, dim=-1).values[:, -1:]  # -inf where fewer than n keys are in the past
-    is_above = scores > threshold
-    is_tied = scores == threshold
-    n_tied = n - is_above.sum(-1, keepdim=True)
-    chosen = (is_above | (is_tied & (is_tied.cumsum(-1) <= n_tied))) & causal
-    slot = (chosen.cumsum(-1) - 1).masked_fill(~chosen, n_slots)  # one spare slot takes the rest
-    positions = torch.arange(block.keys.start, block.keys.stop, dtype=torch.int32, device=scores.device)
-    empty = positions.new_full((block.n_queries, n_slots + 1), -1)
-    return empty.scatter_(1, slot, positions.expand_as(slot))[:, :n_slots]
 
 
 def _probabilities(q: Tensor, k: Tensor, allowed: Tensor, scale: float) -> Tensor:

@@ -80,8 +80,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
-    # Keywords only: fla's chunk, naive and
-    # recurrent forms order g and beta differently, and a swap gives NaN without an error.
+    # Keywords only: fla's chunk, naive and recurrent forms order g and beta differently, and a swap gives NaN without
+    # an error.
     chunk_gated_delta_rule = imported("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
     return chunk_gated_delta_rule(
         q=q,

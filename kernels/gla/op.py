@@ -62,8 +62,7 @@ def _fla(
     cu_seqlens: list[int],
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # Keywords only: fla's forms name the gate
-    # g here and gk in the recurrent ones.
+    # Keywords only: fla's forms name the gate g here and gk in the recurrent ones.
     chunk_gla = imported("fla.ops.gla", "chunk_gla")
     return chunk_gla(
         q=q,

@@ -58,8 +58,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
 
 
 def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
-    # Keywords only, like every call of fla:
-    # its forms do not agree on the order of arguments. g is already a log decay, so fla's own gate stays off.
+    # Keywords only, like every call of fla: its forms do not agree on the order of arguments. g is already a log decay,
+    # so fla's own gate stays off.
     chunk_kda = imported("fla.ops.kda", "chunk_kda")
     return chunk_kda(
         q=q,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from loopline.kernels.backends import available_backends
 from loopline.models.config import ModelConfig
 from loopline.models.hf.errors import CheckpointError, ExportError
 from loopline.models.hf.model_card import model_card
@@ -210,7 +211,7 @@ def _for_any_device(config: ModelConfig) -> ModelConfig:
     sections = {
         name: section.model_copy(update={"backend": "auto"})
         for name, section in config.sections.items()
-        if section.backend == "fla"
+        if section.backend != "auto" and not available_backends((section.backend,), "cpu")
     }
     return config.model_copy(update=sections)
 

@@ -54,7 +54,7 @@ class FullAttentionConfig(MixerSection):
         if self.backend == "triton" and (self.head_size(d_model) % 16 or self.head_size(d_model) > TRITON_MAX_HEAD):
             found.append(
                 f"{self.field('d_head')} ({self.head_size(d_model)}) must be a multiple of 16 up to {TRITON_MAX_HEAD} "
-                f"with {self.field('backend')} = 'triton': change it, or set the backend to 'sdpa'"
+                f"with {self.field('backend')} = 'triton': change it, or choose another backend"
             )
         return found
 

@@ -95,9 +95,10 @@ def test_a_bf16_export_is_the_bf16_training_model_bit_for_bit_and_generates(name
         assert loaded.generate(tokens_of(2, 9), max_new_tokens=3, do_sample=False, n_loops=n_loops).shape == (2, 12)
 
 
-def test_an_export_asks_for_no_kernel_that_its_reader_may_lack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["fla", "triton"])
+def test_an_export_asks_for_no_kernel_that_its_reader_may_lack(backend: str, tmp_path: Path) -> None:
     config = build(HYBRID).config
-    sections = {name: section.model_copy(update={"backend": "fla"}) for name, section in config.sections.items()}
+    sections = {name: section.model_copy(update={"backend": backend}) for name, section in config.sections.items()}
     export_hf(build_from(config.model_copy(update=sections)), tmp_path / "out")  # it is checked on the CPU
     assert {section.backend for section in import_hf(tmp_path / "out")[0].sections.values()} == {"auto"}
 

@@ -1,5 +1,6 @@
 """A backend is resolved once; one that cannot run is refused with those that can."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from loopline.kernels import backends, defaults
 from loopline.kernels.backends import available_backends, check_backend
+from loopline.kernels.devices import on_its_device
 from loopline.kernels.errors import BackendError
 
 BOTH = ("fla", "reference")
@@ -79,3 +81,23 @@ def test_auto_passes_over_a_backend_whose_backward_would_fail(
     with torch.no_grad():
         assert check_backend("gated_delta", BOTH, "auto", "cuda") == "fla"  # its forward is right
     assert check_backend("gated_delta", BOTH, "fla", "cuda") == "fla"  # asked for
+
+
+@pytest.mark.parametrize(("cu_seqlens", "n_tokens"), [([], 0), ([0], 0), ([0, 3, 3], 3), ([1, 3], 3), ([0, 2], 3)])
+def test_boundaries_of_no_row_are_refused(cu_seqlens: list[int], n_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"must rise from 0 to T = {n_tokens}"):
+        backends.check_boundaries(cu_seqlens, 1, n_tokens)
+
+
+def test_an_op_runs_with_its_first_tensors_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    def noting(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        entered.append(tensor)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", noting)
+    first, second = torch.ones(1), torch.zeros(1)
+    assert on_its_device(torch.add)(first, other=second).item() == 1
+    assert len(entered) == 1
+    assert entered[0] is first
