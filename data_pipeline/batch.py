@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -15,21 +16,40 @@ from loopline.data_pipeline.packing import IGNORED_LABEL, PackedSequence
 class MicroBatch:
     """b sequences laid end to end, as variable-length kernels take them.
 
+    What goes to a device is `rows`, `ignored` and `cu_seqlens`: little more than 2 bytes a token of a small vocabulary.
+
     Attributes:
-        tokens: [1, b*T], uint16 or uint32 as stored.
-        labels: [1, b*T], int32, -100 where ignored.
+        rows: [b, T+1], uint16 or uint32 as stored: the inputs, and the token after them.
+        ignored: [I], int64: places in the b*T labels that do not count.
         cu_seqlens: [N+1], int32, 0 to b*T; no segment crosses a sequence.
-        positions: [1, b*T], int32, from 0 in every segment.
         n_before: [b], int64, as in `Batch`.
-        n_valid: labels that count.
     """
 
-    tokens: np.ndarray
-    labels: np.ndarray
+    rows: np.ndarray
+    ignored: np.ndarray
     cu_seqlens: np.ndarray
-    positions: np.ndarray
     n_before: np.ndarray
-    n_valid: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[1, b*T], as stored."""
+        return self.rows[:, :-1].reshape(1, -1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[1, b*T], int32, -100 where ignored."""
+        return _labels(self.rows, self.ignored).reshape(1, -1)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[1, b*T], int32, from 0 in every segment."""
+        starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
+        return (np.arange(len(starts), dtype=np.int32) - starts)[None]
+
+    @property
+    def n_valid(self) -> int:
+        """Labels that count."""
+        return self.rows.size - len(self.rows) - len(self.ignored)
 
 
 @dataclass(frozen=True)
@@ -37,8 +57,9 @@ class Batch:
     """One data-parallel rank's sequences of one step.
 
     Attributes:
-        tokens: [S, T], uint16 or uint32 as stored: a fourth of int64 on the way to the device.
-        labels: [S, T], int32, -100 where ignored.
+        rows: [S, T+1], uint16 or uint32 as stored: the inputs, and the token after them. Labels are the rows from their
+            second token on.
+        ignored: [I], int64: places in the [S, T] labels that do not count, none twice.
         segment_ends: S lists: exclusive ends of a sequence's segments, rising to T.
         global_index: [S], int64, rising: the place of each sequence in the global batch.
         n_before: [S], int64, tokens of the first segment's document that earlier sequences of the lane hold. 0 where a
@@ -46,8 +67,8 @@ class Batch:
         n_padding: tokens that no document gave.
     """
 
-    tokens: np.ndarray
-    labels: np.ndarray
+    rows: np.ndarray
+    ignored: np.ndarray
     segment_ends: tuple[Sequence[int], ...]
     global_index: np.ndarray
     n_before: np.ndarray
@@ -58,25 +79,34 @@ class Batch:
         """A batch of S >= 1 sequences of one length, by the rules of `packing.py`."""
         parts, segment_ends, n_padding, is_cut, n_before = zip(*sequences)
         rows = np.concatenate(list(chain.from_iterable(parts))).reshape(len(sequences), -1)  # [S, T+1]
-        labels = rows[:, 1:].astype(np.int32)
-        seq_len = labels.shape[1]
+        seq_len = rows.shape[1] - 1
         last_inputs = [
             row * seq_len + end - 1
             for row, (ends, goes_on) in enumerate(zip(segment_ends, is_cut))
             for end in (ends[:-1] if goes_on else ends)
         ]
-        labels.reshape(-1)[np.array(last_inputs, np.int64)] = IGNORED_LABEL
-        for row, n in enumerate(n_padding):
-            if n:
-                labels[row, -n:] = IGNORED_LABEL
+        # Padding is a segment of its own: its last place is among them already.
+        padding = [
+            np.arange(end - n, end - 1) for end, n in zip(range(seq_len, rows.size, seq_len), n_padding) if n > 1
+        ]
         return cls(
-            tokens=rows[:, :-1],
-            labels=labels,
+            rows=rows,
+            ignored=np.concatenate([np.array(last_inputs, np.int64), *padding]),
             segment_ends=segment_ends,
             global_index=np.asarray(global_index, np.int64),
             n_before=np.array(n_before, np.int64),
             n_padding=sum(n_padding),
         )
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[S, T], as stored: a view."""
+        return self.rows[:, :-1]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """[S, T], int32, -100 where ignored."""
+        return _labels(self.rows, self.ignored)
 
     @property
     def cu_seqlens(self) -> list[np.ndarray]:
@@ -86,7 +116,7 @@ class Batch:
     @property
     def n_valid(self) -> int:
         """Labels of this rank that count."""
-        return int((self.labels != IGNORED_LABEL).sum())
+        return self.tokens.size - len(self.ignored)
 
     def micro_batches(self, micro_batch_sequences: int) -> list[MicroBatch]:
         """Cuts the batch, in order, into micro-batches of `micro_batch_sequences` sequences.
@@ -94,32 +124,35 @@ class Batch:
         Raises:
             DataError: the number of sequences is not a multiple of it.
         """
-        n_sequences = len(self.tokens)
+        n_sequences = len(self.rows)
         if micro_batch_sequences < 1 or n_sequences % micro_batch_sequences:
             raise DataError(
                 f"micro_batch_sequences={micro_batch_sequences} does not divide the {n_sequences} sequences this rank "
                 f"gets per step; use a divisor of {n_sequences}"
             )
-        seq_len = self.tokens.shape[1]
-        ends = np.array([row * seq_len + end for row, ends in enumerate(self.segment_ends) for end in ends])
-        lengths = np.diff(ends, prepend=0)
-        positions = np.arange(self.labels.size, dtype=np.int32) - np.repeat((ends - lengths).astype(np.int32), lengths)
-        n_valid = (self.labels != IGNORED_LABEL).sum(axis=1).tolist()  # [S]
+        seq_len = self.rows.shape[1] - 1
+        n_tokens = micro_batch_sequences * seq_len
+        ignored = np.sort(self.ignored)
+        bounds = np.searchsorted(ignored, range(0, self.tokens.size + 1, n_tokens)).tolist()
         micro_batches = []
-        for start in range(0, n_sequences, micro_batch_sequences):
+        for i, start in enumerate(range(0, n_sequences, micro_batch_sequences)):
             rows = slice(start, start + micro_batch_sequences)
             inner = [row * seq_len + end for row, ends in enumerate(self.segment_ends[rows]) for end in ends]
             micro_batches.append(
                 MicroBatch(
-                    tokens=self.tokens[rows].reshape(1, -1),
-                    labels=self.labels[rows].reshape(1, -1),
+                    rows=self.rows[rows],
+                    ignored=ignored[bounds[i] : bounds[i + 1]] - i * n_tokens,
                     cu_seqlens=np.array([0, *inner], np.int32),
-                    positions=positions[start * seq_len : rows.stop * seq_len][None],
                     n_before=self.n_before[rows],
-                    n_valid=sum(n_valid[rows]),
                 )
             )
         return micro_batches
+
+
+def _labels(rows: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    labels = rows[:, 1:].astype(np.int32)
+    labels.reshape(-1)[ignored] = IGNORED_LABEL
+    return labels
 
 
 def global_batch_sha256(batches: Sequence[Batch]) -> str:

@@ -226,7 +226,7 @@ class LaneStream:
                 raise DataError(_bad_state(self.state, "it points past the lane's data"))
             # Without this the fullest sequences, which hold the longest documents, would come first.
             order = seeded_permutation(len(plan), "sequences", self._seed, epoch, self._lane, window)
-            shuffled = [plan[i] for i in order[taken:].tolist()]
+            shuffled = map(plan.__getitem__, order[taken:].tolist())
             sequences = fill_sequences(documents, shuffled, self._seq_len, self._reader.manifest.eos_id)
             yield from zip(sequences, zip(repeat(epoch), repeat(window), range(taken + 1, len(plan) + 1)))
             taken = 0

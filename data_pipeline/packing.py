@@ -19,6 +19,7 @@ and labels of them.
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
@@ -179,16 +180,21 @@ def plan_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[Piece]]:
 
 
 def fill_sequences(
-    documents: Sequence[np.ndarray], plan: Sequence[Sequence[Piece]], seq_len: int, pad_id: int
+    documents: Sequence[np.ndarray], plan: Iterable[Sequence[Piece]], seq_len: int, pad_id: int
 ) -> Iterator[PackedSequence]:
     """The sequences that hold the pieces of a plan, then padding as a segment of its own with labels -100."""
     padding = np.full(seq_len + 1, pad_id, documents[0].dtype)
     whole = [seq_len]
+    new = partial(tuple.__new__, PackedSequence)  # in two thirds of the time of its own constructor
     for pieces in plan:
         index, offset, length = pieces[0]
         document, end = documents[index], offset + length
         if end < len(document):  # cut, so it fills the sequence
-            yield PackedSequence([document[offset : end + 1]], whole, 0, True)
+            yield new(([document[offset : end + 1]], whole, 0, True, 0))
+        elif len(pieces) == 1:
+            n_padding = seq_len - length
+            ends = [length, seq_len] if n_padding else whole
+            yield new(([document[offset:], padding[: n_padding + 1]], ends, n_padding, False, 0))
         else:
             parts = [documents[index][offset : offset + length] for index, offset, length in pieces]
             yield _padded(parts, list(accumulate(map(len, parts))), seq_len, padding)
