@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loopline.models.deferred import Deferred, Left, deliver
 from loopline.models.packing import Packing
 
 
@@ -21,6 +22,7 @@ class RowContext:
         is_measured: whether mixers record figures that cost extra, at evaluations.
         draw: what a mixer that samples draws by: the same in every layout, after a resumption and when a block is
             recomputed, another for every row.
+        deferred: what the block that ran last wants delivered at its output; see `deferred.py`.
         figures: by name, numerator and denominator for the logs; see `BlockContext.record`.
     """
 
@@ -30,7 +32,15 @@ class RowContext:
     is_measured: bool = False
     draw: int = 0
     memory: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    deferred: list[Deferred] = field(default_factory=list)
     figures: dict[str, dict[tuple[int, int], tuple[Tensor, Tensor | int]]] = field(default_factory=dict)
+
+    def delivered(self, h: Tensor, h_in: Tensor) -> Tensor:
+        """A block's output, [1, T, C], with what it deferred; `h_in` is its input."""
+        for each in self.deferred:
+            h = deliver(h, h_in, each)
+        self.deferred.clear()
+        return h
 
     def at(self, block_idx: int, loop_idx: int) -> "BlockContext":
         """The view of one application of one block."""
@@ -60,6 +70,11 @@ class BlockContext:
     def packing(self) -> Packing:
         """Documents and positions of the row."""
         return self.row.packing
+
+    def defer(self, tensors: tuple[Tensor, ...], left: Left) -> None:
+        """Leave something for later loops of this block, whose gradients for `tensors` are delivered in backward."""
+        self.memory[self.loop_idx] = left
+        self.row.deferred.append((tensors, self.memory, self.loop_idx))
 
     def record(self, name: str, numerator: Tensor, denominator: Tensor | int) -> None:
         """Keep a figure for the logs: a ratio of sums over tokens. By block and loop, so that a recomputed block does

@@ -161,7 +161,8 @@ class LoopedLM(nn.Module):
     def run_blocks(self, h: Tensor, loop_idx: int, row: RowContext) -> Tensor:
         """Apply the blocks held here, in order: [1, T, C] -> [1, T, C]."""
         for name, block in self.blocks.items():
-            h = self.run_step(cast(Block, block), h, row.at(int(name), loop_idx))
+            h_in = h
+            h = row.delivered(self.run_step(cast(Block, block), h, row.at(int(name), loop_idx)), h_in)
         return h
 
     def finish_loop(self, h: Tensor, h_in: Tensor, loop_idx: int) -> Tensor:

@@ -22,11 +22,14 @@ class Packing:
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def rotary(self, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the row's positions, made once for every block and loop."""
+        """Rotary tables of the row's positions, made once for every block and loop, or once in each compiled graph."""
         key = (d_head, theta)
-        if key not in self._rotary:
-            self._rotary[key] = rotary_tables(self.positions, d_head, theta)
-        return self._rotary[key]
+        if key in self._rotary:
+            return self._rotary[key]
+        tables = rotary_tables(self.positions, d_head, theta)
+        if not torch.compiler.is_compiling():
+            self._rotary[key] = tables
+        return tables
 
     @classmethod
     def of(cls, cu_seqlens: list[int], device: torch.device | str) -> "Packing":

@@ -15,6 +15,7 @@ from loopline.kernels.gated_delta.forward_kernels import (
     WRITE,
     chunk_of_piece,
     load_beta,
+    load_rows,
     load_tile,
     scan_program,
 )
@@ -29,9 +30,9 @@ def gated_delta_bwd_scan_kernel(
     p_scores,  # [T, HV, 64]
     p_gates,  # [GATES, HV, T]
     p_d_after,  # [NS, HV, K, V], of the state after each segment; None: zero
-    p_d_states,  # [NT, HV, K, V], out, of the state after each chunk; None: only d_before is asked for
+    p_d_states,  # [NT, HV, K, V], out, of the state after each chunk; [NT - NS, HV, K, V] without p_d_after; or None
     p_d_x,  # [T, HV, V], out, with p_d_states
-    p_d_before,  # [NS, HV, K, V], out, of the state before each segment
+    p_d_before,  # [NS, HV, K, V], out, of the state before each segment, or None
     p_boundaries,  # [NS + 1]
     p_first_pieces,  # [NS + 1]
     n_tokens,
@@ -59,7 +60,10 @@ def gated_delta_bwd_scan_kernel(
             b_ds1 = tl.load(p_d_after + o_state + o_k1[:, None] * V, mask=o_k1[:, None] < K, other=0.0)
 
     n_chunks = tl.cdiv(end - start, 64)
-    o_after = ((tl.load(p_first_pieces + i_segment) + n_chunks) * HV + i_hv) * (K * V) + o_v[None, :]
+    i_after, end_kept = tl.load(p_first_pieces + i_segment) + n_chunks, end
+    if p_d_after is None:  # a gradient of zero after the last chunk has no place
+        i_after, end_kept = i_after - i_segment, end - 64
+    o_after = (i_after * HV + i_hv) * (K * V) + o_v[None, :]
     p_gates += i_hv.to(tl.int64) * n_tokens
     n_gate = n_tokens.to(tl.int64) * HV
     o_c = tl.arange(0, 64)
@@ -68,9 +72,10 @@ def gated_delta_bwd_scan_kernel(
         i_t = start + (n_chunks - i_back) * 64
         if p_d_states is not None:
             o_after -= HV * K * V
-            tl.store(p_d_states + o_after + o_k0[:, None] * V, b_ds0.to(dtype))
+            n_rows = tl.where(i_t < end_kept, K, 0)
+            tl.store(p_d_states + o_after + o_k0[:, None] * V, b_ds0.to(dtype), mask=o_k0[:, None] < n_rows)
             if K1:
-                tl.store(p_d_states + o_after + o_k1[:, None] * V, b_ds1.to(dtype), mask=o_k1[:, None] < K)
+                tl.store(p_d_states + o_after + o_k1[:, None] * V, b_ds1.to(dtype), mask=o_k1[:, None] < n_rows)
         m_t = o_c < (end - i_t).to(tl.int32)
         o_chunk_k, o_chunk_v = i_t * (H * K) + i_h * K, i_t * (HV * V) + i_hv * V
         b_k0 = tl.load(p_k + o_chunk_k + o_rows_k + o_k0[None, :], mask=m_t[:, None], other=0.0)
@@ -101,9 +106,10 @@ def gated_delta_bwd_scan_kernel(
             b_ds1 = tl.dot(tl.trans(b_q1), b_do, whole * b_ds1, input_precision=PRECISION)
             b_ds1 = tl.dot(tl.trans(b_k1), b_dx, b_ds1, input_precision=PRECISION)
 
-    tl.store(p_d_before + o_state + o_k0[:, None] * V, b_ds0)
-    if K1:
-        tl.store(p_d_before + o_state + o_k1[:, None] * V, b_ds1, mask=o_k1[:, None] < K)
+    if p_d_before is not None:
+        tl.store(p_d_before + o_state + o_k0[:, None] * V, b_ds0)
+        if K1:
+            tl.store(p_d_before + o_state + o_k1[:, None] * V, b_ds1, mask=o_k1[:, None] < K)
 
 
 @triton.jit(do_not_specialize=["scale", "n_tokens"])
@@ -116,9 +122,9 @@ def gated_delta_bwd_gradients_kernel(
     p_scores,  # [T, HV, 64]
     p_gates,  # [GATES, HV, T]
     p_norms,  # [2, H, T] or None
-    p_states,  # [NT, HV, K, V], before each chunk
+    p_states,  # [NT, HV, K, V], before each chunk, or [NT - NS, HV, K, V]
     p_new,  # [T, HV, V], V'
-    p_d_states,  # [NT, HV, K, V], after each chunk
+    p_d_states,  # [NT, HV, K, V], after each chunk, or [NT - NS, HV, K, V]
     p_d_x,  # [T, HV, V]
     p_d_q,  # [T, H, K], out
     p_d_k,  # [T, H, K], out
@@ -135,6 +141,8 @@ def gated_delta_bwd_gradients_kernel(
     V: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
+    IS_FROM_ZERO: tl.constexpr,  # the state before a segment's first chunk is zero, and has no place in p_states
+    IS_TO_ZERO: tl.constexpr,  # the same of the gradient after its last chunk
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -146,12 +154,21 @@ def gated_delta_bwd_gradients_kernel(
     i_piece = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1)
     start, end = chunk_of_piece(p_boundaries, p_pieces, i_piece)
+    n_rows, n_d_rows = K, K  # to read of the state before the chunk, and of the gradient after it
+    i_before, i_after = i_piece, i_piece
+    if IS_FROM_ZERO:
+        n_rows = tl.where(tl.load(p_pieces + 2 * i_piece + 1) == 0, 0, K)
+        i_before -= tl.load(p_pieces + 2 * i_piece) + 1
+    if IS_TO_ZERO:
+        n_d_rows = tl.where(end - start <= 64, 0, K)
+        i_after -= tl.load(p_pieces + 2 * i_piece)
     o_c = tl.arange(0, 64)
     m_t = o_c < (end - start).to(tl.int32)
     m_i = m_t[:, None]
     dtype = p_k.dtype.element_ty
     o_k0, o_k1 = tl.arange(0, K0), K0 + tl.arange(0, K1 if K1 else 1)
-    o_rows_k = start * (H * K) + i_h * K + o_c[:, None] * (H * K)
+    o_key = start * (H * K) + i_h * K
+    o_rows_k = o_key + o_c[:, None] * (H * K)
     b_dq0, b_dk0 = tl.zeros([64, K0], tl.float32), tl.zeros([64, K0], tl.float32)
     if K1:
         m_k1 = m_i & (o_k1[None, :] < K)
@@ -167,15 +184,9 @@ def gated_delta_bwd_gradients_kernel(
         i_hv = i_h * (HV // H) + i_group
         p_gate = p_gates + i_hv.to(tl.int64) * n_tokens + start
         n_gate = n_tokens.to(tl.int64) * HV
-        b_high = tl.load(p_gate + HIGH * n_gate + o_c, mask=m_t, other=0.0)
-        b_low = tl.load(p_gate + LOW * n_gate + o_c, mask=m_t, other=0.0)
-        b_decay = tl.load(p_gate + DECAY * n_gate + o_c, mask=m_t, other=0.0)
-        b_erase = tl.load(p_gate + ERASE * n_gate + o_c, mask=m_t, other=0.0)
-        b_write = tl.load(p_gate + WRITE * n_gate + o_c, mask=m_t, other=0.0)
-        b_read = tl.load(p_gate + READ * n_gate + o_c, mask=m_t, other=0.0)
         b_beta = load_beta(p_beta + start * HV + i_hv, o_c, m_t, HV)
         o_rows_v = start * (HV * V) + i_hv * V + o_c[:, None] * (HV * V)
-        o_state = (i_piece * HV + i_hv) * (K * V)
+        p_s, p_ds = p_states + (i_before * HV + i_hv) * (K * V), p_d_states + (i_after * HV + i_hv) * (K * V)
 
         # What goes through the states before and after the chunk.
         b_dos0, b_dxs0 = tl.zeros([64, K0], tl.float32), tl.zeros([64, K0], tl.float32)  # dO S^T, dX S^T
@@ -190,16 +201,17 @@ def gated_delta_bwd_gradients_kernel(
             b_do = tl.load(p_d_o + o_rows_v + o_v[None, :], mask=m_i, other=0.0)
             b_new = tl.load(p_new + o_rows_v + o_v[None, :], mask=m_i, other=0.0)
             b_dx = tl.load(p_d_x + o_rows_v + o_v[None, :], mask=m_i, other=0.0)
-            o_rows_s = o_state + o_k0[:, None] * V + o_v[None, :]
-            b_s, b_ds = tl.load(p_states + o_rows_s), tl.load(p_d_states + o_rows_s)
+            o_rows_s = o_k0[:, None] * V + o_v[None, :]
+            b_s = tl.load(p_s + o_rows_s, mask=o_k0[:, None] < n_rows, other=0.0)
+            b_ds = tl.load(p_ds + o_rows_s, mask=o_k0[:, None] < n_d_rows, other=0.0)
             b_dos0 = tl.dot(b_do, tl.trans(b_s), b_dos0, input_precision=PRECISION)
             b_dxs0 = tl.dot(b_dx, tl.trans(b_s), b_dxs0, input_precision=PRECISION)
             b_nds0 = tl.dot(b_new, tl.trans(b_ds), b_nds0, input_precision=PRECISION)
             inner += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32))
             if K1:
-                o_rows_s = o_state + o_k1[:, None] * V + o_v[None, :]
-                b_s = tl.load(p_states + o_rows_s, mask=o_k1[:, None] < K, other=0.0)
-                b_ds = tl.load(p_d_states + o_rows_s, mask=o_k1[:, None] < K, other=0.0)
+                o_rows_s = o_k1[:, None] * V + o_v[None, :]
+                b_s = tl.load(p_s + o_rows_s, mask=o_k1[:, None] < n_rows, other=0.0)
+                b_ds = tl.load(p_ds + o_rows_s, mask=o_k1[:, None] < n_d_rows, other=0.0)
                 b_dos1 = tl.dot(b_do, tl.trans(b_s), b_dos1, input_precision=PRECISION)
                 b_dxs1 = tl.dot(b_dx, tl.trans(b_s), b_dxs1, input_precision=PRECISION)
                 b_nds1 = tl.dot(b_new, tl.trans(b_ds), b_nds1, input_precision=PRECISION)
@@ -209,7 +221,10 @@ def gated_delta_bwd_gradients_kernel(
             b_dbeta += tl.sum(b_dx32 * b_v.to(tl.float32), axis=1)
             b_dv = b_beta[:, None] * b_dx32
             tl.store(p_d_v + o_rows_v + o_v[None, :], b_dv.to(p_d_v.dtype.element_ty), mask=m_i)
-        # q and k are read where they are used, four times: held in registers they would push out the sums.
+        # q and k, like the gates, are read where they are used: held in registers they would push out the sums.
+        b_erase = tl.load(p_gate + ERASE * n_gate + o_c, mask=m_t, other=0.0)
+        b_write = tl.load(p_gate + WRITE * n_gate + o_c, mask=m_t, other=0.0)
+        b_read = tl.load(p_gate + READ * n_gate + o_c, mask=m_t, other=0.0)
         b_q0 = tl.load(p_q + o_rows_k + o_k0[None, :], mask=m_i, other=0.0)
         b_k0 = tl.load(p_k + o_rows_k + o_k0[None, :], mask=m_i, other=0.0)
         b_q_dos = tl.sum(b_q0.to(tl.float32) * b_dos0, axis=1)
@@ -234,11 +249,14 @@ def gated_delta_bwd_gradients_kernel(
             b_dx = tl.load(p_d_x + o_rows_v + o_v[None, :], mask=m_i, other=0.0)
             b_da = tl.dot(b_dx, tl.trans(b_new), b_da, input_precision=PRECISION)
             b_da_t = tl.dot(b_new, tl.trans(b_dx), b_da_t, input_precision=PRECISION)
-        b_k0 = tl.load(p_k + o_rows_k + o_k0[None, :], mask=m_i, other=0.0)
-        b_kk = tl.dot(b_k0, tl.trans(b_k0), input_precision=PRECISION)
-        if K1:
-            b_k1 = tl.load(p_k + o_rows_k + o_k1[None, :], mask=m_k1, other=0.0)
-            b_kk = tl.dot(b_k1, tl.trans(b_k1), b_kk, input_precision=PRECISION)
+        # A loop: two products in a row would be held twice, as are those further down.
+        b_kk = tl.zeros([64, 64], tl.float32)
+        for i_k in range(0, K, 32):
+            b_k = load_rows(p_k + o_key + i_k, o_c, m_t, H * K, 32)
+            b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
+        b_high = tl.load(p_gate + HIGH * n_gate + o_c, mask=m_t, other=0.0)
+        b_low = tl.load(p_gate + LOW * n_gate + o_c, mask=m_t, other=0.0)
+        b_decay = tl.load(p_gate + DECAY * n_gate + o_c, mask=m_t, other=0.0)
         # Of a pair's decay the sign tells above from below the diagonal: R is symmetric here.
         b_ratio = tl.exp2(-tl.abs((b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])))
         b_ratio = b_ratio * b_nk[:, None] * b_nk[None, :]
@@ -250,8 +268,10 @@ def gated_delta_bwd_gradients_kernel(
         # A pair of tokens adds to the decay at one and takes as much, of the same bits, from that at the other.
         b_dg = tl.sum(b_aa, axis=1) - tl.sum(b_aa, axis=0) + b_read * b_q_dos - b_erase * b_k_dxs
         b_w += tl.where(m_above, -b_da_t * b_ratio * b_beta[None, :], 0.0)
+        b_k0 = tl.load(p_k + o_rows_k + o_k0[None, :], mask=m_i, other=0.0)
         b_dk_s0 = tl.dot(b_w.to(dtype), b_k0, b_dk_s0, input_precision=PRECISION)
         if K1:
+            b_k1 = tl.load(p_k + o_rows_k + o_k1[None, :], mask=m_k1, other=0.0)
             b_dk_s1 = tl.dot(b_w.to(dtype), b_k1, b_dk_s1, input_precision=PRECISION)
 
         # And through P.

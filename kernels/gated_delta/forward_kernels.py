@@ -194,7 +194,7 @@ def gated_delta_fwd_kernel(
     p_gates,  # [GATES, HV, T]
     p_initial,  # [NS, HV, K, V] or None
     p_o,  # [T, HV, V], out
-    p_final,  # [NS, HV, K, V], out
+    p_final,  # [NS, HV, K, V], out, or None
     p_boundaries,  # [NS + 1]
     n_tokens,
     H: tl.constexpr,
@@ -255,9 +255,10 @@ def gated_delta_fwd_kernel(
         if K1:
             b_s1 = tl.dot(tl.trans(b_k1), b_new, whole * b_s1, input_precision=PRECISION)
 
-    tl.store(p_final + o_state + o_k0[:, None] * V, b_s0)
-    if K1:
-        tl.store(p_final + o_state + o_k1[:, None] * V, b_s1, mask=o_k1[:, None] < K)
+    if p_final is not None:
+        tl.store(p_final + o_state + o_k0[:, None] * V, b_s0)
+        if K1:
+            tl.store(p_final + o_state + o_k1[:, None] * V, b_s1, mask=o_k1[:, None] < K)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -268,7 +269,7 @@ def gated_delta_fwd_states_kernel(
     p_inverse,  # [T, HV, 64]
     p_gates,  # [GATES, HV, T]
     p_initial,  # [NS, HV, K, V] or None
-    p_states,  # [NT, HV, K, V], out; None: only the map of the segment is asked for
+    p_states,  # [NT, HV, K, V], out, [NT - NS, HV, K, V] from zero; None: only the segment's map is asked for
     p_new,  # [T, HV, V], out, with p_states
     p_map,  # [NS, HV, K, V + K], out, without p_states
     p_boundaries,  # [NS + 1]
@@ -305,16 +306,20 @@ def gated_delta_fwd_states_kernel(
         elif p_initial is not None:
             b_s1 = tl.load(p_initial + o_state + o_k1[:, None] * V, mask=o_k1[:, None] < K, other=0.0)
 
-    o_before = (tl.load(p_first_pieces + i_segment).to(tl.int64) * HV + i_hv) * (K * V) + o_v[None, :]
+    i_before, first_kept = tl.load(p_first_pieces + i_segment).to(tl.int64), start
+    if p_initial is None:  # a state of zero before the first chunk has no place
+        i_before, first_kept = i_before - i_segment - 1, start + 64
+    o_before = (i_before * HV + i_hv) * (K * V) + o_v[None, :]
     p_gates += i_hv.to(tl.int64) * n_tokens
     n_gate = n_tokens.to(tl.int64) * HV
     o_c = tl.arange(0, 64)
     o_rows_k, o_rows_v = o_c[:, None] * (H * K), o_c[:, None] * (HV * V) + o_v[None, :]
     for i_t in range(start, end, 64):
         if p_states is not None:
-            tl.store(p_states + o_before + o_k0[:, None] * V, b_s0.to(dtype))
+            n_rows = tl.where(i_t < first_kept, 0, K)
+            tl.store(p_states + o_before + o_k0[:, None] * V, b_s0.to(dtype), mask=o_k0[:, None] < n_rows)
             if K1:
-                tl.store(p_states + o_before + o_k1[:, None] * V, b_s1.to(dtype), mask=o_k1[:, None] < K)
+                tl.store(p_states + o_before + o_k1[:, None] * V, b_s1.to(dtype), mask=o_k1[:, None] < n_rows)
             o_before += HV * K * V
         m_t = o_c < (end - i_t).to(tl.int32)
         o_chunk_k, o_chunk_v = i_t * (H * K) + i_h * K, i_t * (HV * V) + i_hv * V

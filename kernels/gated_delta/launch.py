@@ -39,8 +39,9 @@ def gated_delta_triton(
     cu_seqlens: list[int],
     initial_state: Tensor | None = None,
     normalize: bool = False,
+    output_final_state: bool = False,
     segment_chunks: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`op.gated_delta` on the kernels here. Inputs that are not contiguous are copied.
 
     Args:
@@ -52,9 +53,9 @@ def gated_delta_triton(
     if segment_chunks is None:
         segment_chunks = _chunks_that_fill(q, v, cu_seqlens)
     o, final_state, _, _ = torch.ops.loopline.gated_delta_fwd(
-        *arguments(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, segment_chunks)
+        *arguments(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, output_final_state, segment_chunks)
     )
-    return o, final_state
+    return o, final_state if output_final_state else None
 
 
 def arguments(
@@ -67,6 +68,7 @@ def arguments(
     cu_seqlens: list[int],
     scale: float,
     normalize: bool,
+    output_final_state: bool,
     segment_chunks: int,
 ) -> tuple[Any, ...]:
     """What the custom op takes: contiguous tensors, and the row's documents and segments as tables on its device."""
@@ -81,6 +83,7 @@ def arguments(
         scale,
         normalize,
         segments.longest,
+        output_final_state,
     )
 
 
@@ -152,9 +155,10 @@ def _forward(
     scale: float,
     normalize: bool,
     longest: int,
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o; final_state; and for the backward pass, empty where no document is cut, the state before each segment
-    [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
+    """o; final_state, empty unless asked for; and for the backward pass, empty where no document is cut, the state
+    before each segment [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
     row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
     maps, before = g.new_empty(0), g.new_empty(0)  # fp32, as where they are filled
     if longest > 1:
@@ -163,10 +167,12 @@ def _forward(
             before[first_segments[:-1]] = initial_state
         row.merge(maps, maps, before, longest, is_reverse=False)
         initial_state = before
-    o, final = torch.empty_like(v), row.states()
+    o, final = torch.empty_like(v), row.states() if output_final_state else None
     gated_delta_fwd_kernel[row.scan_grid](
         q, k, v, beta, row.inverse, row.scores, row.gates, initial_state, o, final, boundaries, row.n_tokens, **row.scan
     )
+    if final is None:
+        return o, g.new_empty(0), before, maps
     return o, final if longest == 1 else final[first_segments[1:] - 1], before, maps
 
 
@@ -174,7 +180,7 @@ def _forward(
 @on_its_device
 def _backward(
     d_o: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -191,17 +197,17 @@ def _backward(
     normalize: bool,
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg, dbeta, and the initial states' gradient."""
+    """dq, dk, dv, dg, dbeta, and the gradient of the initial states, empty without them."""
     row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
-    states = q.new_empty(pieces.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    new = torch.empty_like(v)
+    start = initial_state if longest == 1 else before
+    states, new = row.chunk_states(start), torch.empty_like(v)
     gated_delta_fwd_states_kernel[row.scan_grid](
         k,
         v,
         beta,
         row.inverse,
         row.gates,
-        initial_state if longest == 1 else before,
+        start,
         states,
         new,
         None,
@@ -211,8 +217,7 @@ def _backward(
         **row.scan,
     )
 
-    def scan(d_after: Tensor | None, d_states: Tensor | None, d_x: Tensor | None) -> Tensor:
-        d_before = row.states()
+    def scan(d_after: Tensor | None, d_states: Tensor | None, d_x: Tensor | None, d_before: Tensor | None) -> None:
         gated_delta_bwd_scan_kernel[row.scan_grid](
             q,
             k,
@@ -229,15 +234,18 @@ def _backward(
             row.n_tokens,
             **row.scan,
         )
-        return d_before
 
     d_after = d_final
     if longest > 1:
         d_after = row.states(0.0)
-        d_after[first_segments[1:] - 1] = d_final
-        row.merge(maps, scan(None, None, None), d_after, longest, is_reverse=True)
-    d_states, d_x = torch.empty_like(states), torch.empty_like(v)
-    d_before = scan(d_after, d_states, d_x)
+        if d_final is not None:
+            d_after[first_segments[1:] - 1] = d_final
+        d_added = row.states()
+        scan(None, None, None, d_added)
+        row.merge(maps, d_added, d_after, longest, is_reverse=True)
+    d_states, d_x = row.chunk_states(d_after), torch.empty_like(v)
+    d_before = None if initial_state is None else row.states()
+    scan(d_after, d_states, d_x, d_before)
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
@@ -263,36 +271,45 @@ def _backward(
         pieces,
         scale,
         row.n_tokens,
+        IS_FROM_ZERO=start is None,
+        IS_TO_ZERO=d_after is None,
         **row.gradients,
     )
+    if d_before is None:
+        return dq, dk, dv, dg, dbeta, g.new_empty(0)
     return dq, dk, dv, dg, dbeta, d_before if longest == 1 else d_before[first_segments[:-1]]
 
 
 @_forward.register_fake
-def _(q, k, v, g, beta, initial_state, boundaries, pieces, first_pieces, first_segments, scale, normalize, longest):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, beta, initial_state, boundaries, pieces, first_pieces, first_segments, *options):  # type: ignore[no-untyped-def]
+    _, _, longest, output_final_state = options
     n_heads, d_k, d_v, n_segments = v.shape[2], k.shape[3], v.shape[3], boundaries.shape[0] - 1
-    final = q.new_empty(first_segments.shape[0] - 1, n_heads, d_k, d_v, dtype=torch.float32)
+    final = g.new_empty(first_segments.shape[0] - 1, n_heads, d_k, d_v) if output_final_state else g.new_empty(0)
     if longest == 1:
-        return torch.empty_like(v), final, final.new_empty(0), final.new_empty(0)
-    before = final.new_empty(n_segments, n_heads, d_k, d_v)
-    return torch.empty_like(v), final, before, final.new_empty(n_segments, n_heads, d_k, d_v + d_k)
+        return torch.empty_like(v), final, g.new_empty(0), g.new_empty(0)
+    before = g.new_empty(n_segments, n_heads, d_k, d_v)
+    return torch.empty_like(v), final, before, g.new_empty(n_segments, n_heads, d_k, d_v + d_k)
 
 
 @_backward.register_fake
-def _(d_o, d_final, q, k, v, g, beta, *rest):  # type: ignore[no-untyped-def]
-    return *(torch.empty_like(x) for x in (q, k, v, g, beta)), torch.empty_like(d_final)
+def _(d_o, d_final, q, k, v, g, beta, initial_state, *rest):  # type: ignore[no-untyped-def]
+    d_initial = g.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    return *(torch.empty_like(x) for x in (q, k, v, g, beta)), d_initial
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.scale, ctx.normalize, ctx.longest = inputs
+    ctx.set_materialize_grads(False)  # a final state nobody used has no gradient, not one of zeros
+    *tensors, ctx.scale, ctx.normalize, ctx.longest, ctx.output_final_state = inputs
     ctx.save_for_backward(*tensors[:6], *output[2:], *tensors[6:])
 
 
 def _differentiate(ctx, d_o, d_final, *_):  # type: ignore[no-untyped-def]
+    d_o = torch.zeros_like(ctx.saved_tensors[2]) if d_o is None else d_o.contiguous()
+    d_final = d_final.contiguous() if d_final is not None and ctx.output_final_state else None
     *gradients, d_initial = torch.ops.loopline.gated_delta_bwd(
-        d_o.contiguous(), d_final.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.normalize, ctx.longest
+        d_o, d_final, *ctx.saved_tensors, ctx.scale, ctx.normalize, ctx.longest
     )
-    return *gradients, d_initial if ctx.needs_input_grad[5] else None, *[None] * 7
+    return *gradients, d_initial if ctx.needs_input_grad[5] else None, *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -327,7 +344,7 @@ class _Row:
         self.boundaries, self.first_pieces, self.first_segments = boundaries, first_pieces, first_segments
         self.sizes = tiles(d_k, d_v, q.dtype)
         self.shape = {"H": n_key_heads, "HV": n_heads, "K": d_k, "V": d_v}
-        self.n_tokens = n_tokens
+        self.n_tokens, self.n_chunks = n_tokens, pieces.shape[0]
         self.inverse, self.scores = q.new_empty(n_tokens, n_heads, CHUNK), q.new_empty(n_tokens, n_heads, CHUNK)
         self.gates = g.new_empty(GATES, n_heads, n_tokens)
         self.norms = g.new_empty(2, n_key_heads, n_tokens) if normalize else None
@@ -391,6 +408,15 @@ class _Row:
         if value is None:
             return torch.empty(shape, dtype=torch.float32, device=self.k.device)
         return torch.full(shape, value, dtype=torch.float32, device=self.k.device)
+
+    def chunk_states(self, edge: Tensor | None) -> Tensor:
+        """Room for the states before all chunks, or their gradients after all, in q.dtype: [NT, HV, K, V].
+
+        Without an `edge`, what is given before the first chunk or after the last of each segment, that one is zero and
+        has no place: [NT - NS, HV, K, V].
+        """
+        n_states = self.n_chunks - (self.boundaries.shape[0] - 1 if edge is None else 0)
+        return self.k.new_empty(n_states, *(self.shape[name] for name in ("HV", "K", "V")))
 
     def maps(self) -> Tensor:
         """S_ext and M of each segment, side by side: [NS, HV, K, V + K], fp32."""

@@ -1,5 +1,7 @@
 """Gated delta rule, public op: one signature over the torch reference, our Triton kernels and fla's."""
 
+from typing import Any
+
 from torch import Tensor
 
 from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
@@ -20,8 +22,9 @@ def gated_delta(
     cu_seqlens: list[int],
     initial_state: Tensor | None = None,
     normalize: bool = False,
+    output_final_state: bool = False,
     backend: str = "reference",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t.
 
     Args:
@@ -33,10 +36,12 @@ def gated_delta(
         cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
         initial_state: [N, HV, K, V], fp32; None means zeros.
         normalize: divide q and k by their length over K, as `kernels.precision.l2_normalize` does.
+        output_final_state: whether the states after the documents are asked for: 4 K V bytes a document and head, and
+            as many for their gradient.
         backend: "reference", "triton" (K and V multiples of 32 up to 256) or "fla"; resolve "auto" once with
             `kernels.backends.check_backend`.
     Returns:
-        o: [1, T, HV, V] in v.dtype; final_state: [N, HV, K, V], fp32.
+        o: [1, T, HV, V] in v.dtype; final_state: [N, HV, K, V], fp32, or None.
     Raises:
         ValueError: shapes disagree, cu_seqlens does not run from 0 to T in rising order, or the triton kernels cannot
             serve the head sizes, dtypes or devices.
@@ -58,13 +63,16 @@ def gated_delta(
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
             normalize=normalize,
+            output_final_state=output_final_state,
         )
     if normalize:
         q, k = l2_normalize(q), l2_normalize(k)
+    rest: Any = {"g": g, "beta": beta, "scale": scale, "cu_seqlens": cu_seqlens, "initial_state": initial_state}
     if backend == "reference":
-        return chunked(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
+        o, final_state = chunked(q, k, v, **rest)
+        return o, final_state if output_final_state else None
     if backend == "fla":
-        return _fla(q, k, v, g=g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, initial_state=initial_state)
+        return _fla(q, k, v, output_final_state=output_final_state, **rest)
     raise unknown("gated_delta", backend, BACKENDS)
 
 
@@ -79,7 +87,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_s
     check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
 
 
-def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore[no-untyped-def]
+def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state, output_final_state):  # type: ignore[no-untyped-def]
     # Keywords only: fla's chunk, naive and recurrent forms order g and beta differently, and a swap gives NaN without
     # an error.
     chunk_gated_delta_rule = imported("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
@@ -91,6 +99,6 @@ def _fla(q, k, v, *, g, beta, scale, cu_seqlens, initial_state):  # type: ignore
         beta=beta,
         scale=scale,
         initial_state=initial_state,
-        output_final_state=True,
+        output_final_state=output_final_state,
         cu_seqlens=cu_seqlens_on(tuple(cu_seqlens), q.device),
     )

@@ -1,7 +1,5 @@
 """DeepSeek sparse attention over grouped queries: an indexer picks the keys each query attends to."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -62,10 +60,8 @@ class SparseAttention(FullAttention):
         """[1, T, H, D]."""
         loop_idx, cu_seqlens = context.loop_idx, context.packing.cu_seqlens
         chosen_in = self.settings.selecting_loop(loop_idx)
-        is_choosing = chosen_in == loop_idx
-        if is_choosing:
-            index = self.index(x.detach(), context)
-            served = self.choose(index, context)
+        if chosen_in == loop_idx:
+            served = self.choose(self.index(x.detach(), context), context)
         else:
             served = context.memory[chosen_in]
         visible = None if self.settings.index_loss == "dense" else served.selection
@@ -76,7 +72,7 @@ class SparseAttention(FullAttention):
         if context.row.is_measured:
             recall = attention_recall(q, k, served.selection, cu_seqlens=cu_seqlens, sum_heads=self.sum_over_ranks)
             context.record("indexer_recall", *recall)
-        return _Deliver.apply(o, *index, context) if is_choosing else o  # type: ignore[no-untyped-call]
+        return o
 
     def index(self, x: Tensor, context: BlockContext) -> Index:
         """What scores are made of. A power of the sizes in the head weights keeps scores of order one."""
@@ -94,15 +90,15 @@ class SparseAttention(FullAttention):
         if context.loop_idx in context.memory:
             return context.memory[context.loop_idx]
         cu_seqlens = context.packing.cu_seqlens
-        q, k, w = (y.detach() for y in index)
+        q, k, w = index
         backend = self.chosen_backend(q.device)
         selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens, backend=backend)
-        served = _Served((q, k, w), selection)
+        served = _Served(index, selection)
         earlier = [served for served in context.memory.values() if served.selection is not None]
         if earlier:
             total, count = selection_overlap(earlier[-1].selection, selection)
             context.record("selection_overlap", total, count)
-        context.memory[context.loop_idx] = served
+        context.defer(index, served)
         return served
 
     def learn(
@@ -117,7 +113,7 @@ class SparseAttention(FullAttention):
     ) -> None:
         """This loop's share of the indexer's gradient, computed without a graph. `lse`: of attention, as it gave it."""
         scale = context.row.auxiliary_scale
-        if scale is None or not torch.is_grad_enabled() or context.loop_idx in served.gradients:
+        if scale is None or not torch.is_grad_enabled() or context.loop_idx in served.found:
             return
         q_index, k_index, weights = served.index
         loss = indexer_loss(
@@ -136,7 +132,7 @@ class SparseAttention(FullAttention):
         )
         chosen_in = self.settings.selecting_loop(context.loop_idx)
         share = scale * self.settings.index_loss_weight / self.settings.loops_served(chosen_in, context.row.n_loops)
-        served.gradients[context.loop_idx] = IndexerLoss(loss.loss_sum, *(share * g for g in loss[1:]))
+        served.found[context.loop_idx] = IndexerLoss(loss.loss_sum, *(share * g for g in loss[1:]))
         context.record("indexer_loss", loss.loss_sum, q.shape[1])
 
 
@@ -146,26 +142,10 @@ class _Served:
     def __init__(self, index: Index, selection: Selection) -> None:
         self.index = index
         self.selection = selection
-        self.gradients: dict[int, IndexerLoss] = {}
+        self.found: dict[int, IndexerLoss] = {}
 
-
-class _Deliver(torch.autograd.Function):
-    """Identity on the output; in backward, the indexer's gradient: the sum of what the loops served have left.
-
-    The choice has then served its last loop, recomputation included, and is forgotten: it would else live as long as
-    the micro-batch, which is longer than its activations do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, o: Tensor, q: Tensor, k: Tensor, w: Tensor, context: BlockContext) -> Tensor:
-        ctx.memory, ctx.loop_idx = context.memory, context.loop_idx
-        ctx.dtypes = q.dtype, k.dtype, w.dtype
-        return o.view_as(o)
-
-    @staticmethod
-    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: dict[int, IndexerLoss] = ctx.memory.pop(ctx.loop_idx).gradients
-        if not gradients:
-            return grad_o, None, None, None, None
-        totals = [torch.stack(parts).sum(0) for parts in list(zip(*gradients.values()))[1:]]
-        return grad_o, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes)), None
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of `index`: the sum of what the loops served have found."""
+        if not self.found:
+            return None, None, None
+        return tuple(torch.stack(parts).sum(0) for parts in list(zip(*self.found.values()))[1:])

@@ -1,5 +1,7 @@
 """Gated DeltaNet."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +44,7 @@ class LooplineGatedDeltaNet(DeltaMixer):
         x = self.without_padding(x, call)
         g = -wide(self.A_log).exp() * F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))  # [B, T, H]
         inputs = self.project(x, slot, cache)
-        o = self.recur(gated_delta, slot, call, cache, g=g, scale=self.d_head_k**-0.5, **inputs)
+        op = partial(gated_delta, output_final_state=cache is not None)
+        o = self.recur(op, slot, call, cache, g=g, scale=self.d_head_k**-0.5, **inputs)
         gate = self.g_proj(x).unflatten(-1, (-1, self.d_head_v))
         return self.o_proj((self.o_norm(o) * F.silu(gate)).flatten(2)), None

@@ -51,7 +51,8 @@ def _recurrence(op: Callable[..., Any], recurrent: Callable[..., Any], *, n_grou
 def gated_delta() -> Case:
     from loopline.kernels.gated_delta import op, reference
 
-    return _recurrence(op.gated_delta, reference.recurrent, g=_log_decay(1, N_TOKENS, N_HEADS), beta=_beta())
+    ours = partial(op.gated_delta, output_final_state=True)
+    return _recurrence(ours, reference.recurrent, g=_log_decay(1, N_TOKENS, N_HEADS), beta=_beta())
 
 
 def gated_delta_in_training() -> Case:
@@ -59,7 +60,7 @@ def gated_delta_in_training() -> Case:
     case = gated_delta()
     del case.inputs["initial_state"]
     op, reference = case.op, case.reference
-    case.op = lambda **arguments: op(**arguments)[0]
+    case.op = lambda **arguments: op(**arguments, output_final_state=False)[0]
     case.reference = lambda **arguments: reference(**arguments)[0]
     return case
 

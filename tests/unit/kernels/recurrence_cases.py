@@ -197,7 +197,7 @@ class Recurrence:
 
 GATED_DELTA = Recurrence(
     "gated_delta",
-    gated_delta_op.gated_delta,
+    functools.partial(gated_delta_op.gated_delta, output_final_state=True),
     gated_delta_reference.recurrent,
     gated_delta_reference.chunked,
     "fla.ops.gated_delta_rule.chunk_gated_delta_rule",

@@ -1,5 +1,7 @@
 """The gated delta rule against forms written by others; what holds of every recurrence is tested with the others."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from recurrence_cases import (
     results,
 )
 
+from loopline.kernels.gated_delta.op import gated_delta
 from loopline.kernels.precision import l2_normalize
 
 
@@ -62,6 +65,30 @@ def test_key_heads_that_do_not_divide_the_value_heads_are_refused(n_key_heads: i
     keys = torch.zeros(1, 5, n_key_heads, 12)
     with pytest.raises(ValueError, match=rf"q \(1, 5, {n_key_heads}, 12\).* v \(1, 5, 4, 20\).*multiple of H"):
         GATED_DELTA.op(**replace(inputs, q=keys, k=keys).arguments())
+
+
+def test_final_states_are_given_only_where_asked_for() -> None:
+    arguments = make_gated_delta_inputs([65, 1]).arguments()
+    o, final_state = gated_delta(**arguments)
+    expected, _ = gated_delta(**arguments, output_final_state=True)
+    assert final_state is None
+    assert torch.equal(o, expected)
+
+
+def test_fla_is_told_whether_final_states_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def kernel(v: torch.Tensor, output_final_state: bool, **_: object) -> tuple[torch.Tensor, None]:
+        told.append(output_final_state)
+        return v, None
+
+    module = types.ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    arguments = make_gated_delta_inputs([65, 1]).arguments()
+    for output_final_state in (False, True):
+        gated_delta(**arguments, output_final_state=output_final_state, backend="fla")
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize("backend", ["reference", "fla"])
