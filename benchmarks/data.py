@@ -3,12 +3,13 @@
     python benchmarks/data.py [--copies 4] [--seq-len 2048] [--seconds 1] [--rounds 9] [--mosaic-python PATH]
 
 The corpus is the standard library, copied so many times. Readers: ours (concatenation and best-fit packing, labels and
-boundaries included; once more with positions, as micro-batches have them), raw webdataset over the same shards (records
-decoded, nothing packed), Megatron's IndexedDataset over the same documents (shuffled, laid end to end, no labels or
-boundaries), and MosaicML Streaming over the same records (decoded, nothing packed) where the interpreter at PATH has
-it: it asks for other versions than we pin. Readers take turns, a second each, so that other load on the machine meets
-all of them; speeds are by the clock, and by CPU time, which is per core. Also the memory of a stream, the time to the
-first batch when a run resumes after 100,000 steps, and a table of packings. Prints one JSON object.
+boundaries included; once more cut into micro-batches), raw webdataset over the same shards (records decoded, nothing
+packed), Megatron's IndexedDataset over the same documents (shuffled, laid end to end, no labels or boundaries) and its
+GPTDataset, which a run of Megatron reads (labels, loss mask, positions), and MosaicML Streaming over the same records
+(decoded, nothing packed) where the interpreter at PATH has it: it asks for other versions than we pin. Readers take
+turns, a second each, so that other load on the machine meets all of them; speeds are by the clock, and by CPU time,
+which is per core. Also the memory of a stream, the time to the first batch when a run resumes after 100,000 steps, and
+a table of packings. Prints one JSON object.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +37,9 @@ from loopline.data_pipeline.packing import Window, pack_concatenated, plan_best_
 from loopline.data_pipeline.shards import SplitReader
 from loopline.data_pipeline.sources import open_source
 from loopline.data_pipeline.stream import GlobalBatchStream
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 PEERS = ("webdataset", "megatron-core", "mosaicml-streaming")
 LANES = 8
@@ -89,18 +95,24 @@ def raw_webdataset(manifest: Manifest) -> Iterator[int]:
             yield len(sample["tokens.npy"])
 
 
-def megatron(manifest: Manifest, folder: Path, seq_len: int) -> Iterator[int]:
-    """Tokens of sequences cut from Megatron's indexed documents in a shuffled order, in batches as ours."""
+def megatron_index(manifest: Manifest, folder: Path) -> "IndexedDataset":
+    """The corpus as Megatron stores it."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     prefix = folder / "megatron"
-    reader = SplitReader(manifest, "train")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for record in range(reader.n_records):
-        for document in reader.documents(record):
-            builder.add_document(document.astype(np.uint16), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    dataset = IndexedDataset(str(prefix))
+    if not prefix.with_suffix(".idx").exists():
+        reader = SplitReader(manifest, "train")
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for record in range(reader.n_records):
+            for document in reader.documents(record):
+                builder.add_document(document.astype(np.uint16), [len(document)])
+        builder.finalize(f"{prefix}.idx")
+    return IndexedDataset(str(prefix))
+
+
+def megatron(manifest: Manifest, folder: Path, seq_len: int) -> Iterator[int]:
+    """Tokens of sequences cut from Megatron's indexed documents in a shuffled order, in batches as ours."""
+    dataset = megatron_index(manifest, folder)
     rest = np.empty(0, np.int64)
     while True:
         for i in np.random.default_rng(0).permutation(len(dataset)):
@@ -108,6 +120,33 @@ def megatron(manifest: Manifest, folder: Path, seq_len: int) -> Iterator[int]:
             while len(rest) >= BATCH * seq_len:
                 batch, rest = rest[: BATCH * seq_len].reshape(BATCH, seq_len), rest[BATCH * seq_len :]
                 yield batch.size
+
+
+def megatron_gpt(manifest: Manifest, folder: Path, seq_len: int, *, has_boundaries: bool) -> Iterator[int]:
+    """Tokens of the samples Megatron trains on: labels, loss mask and positions, by documents if asked."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    index = megatron_index(manifest, folder)
+    tokenizer = SimpleNamespace(
+        eod=manifest.eos_id, pad=None, vocab_size=manifest.vocab_size, unique_identifiers={"class": "none"}
+    )
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=seq_len,
+        blend=([str(folder / "megatron")], None),
+        split="1,0,0",
+        tokenizer=tokenizer,
+        reset_position_ids=has_boundaries,
+        reset_attention_mask=False,
+        eod_mask_loss=has_boundaries,
+        create_attention_mask=False,
+    )
+    documents = np.arange(len(index), dtype=np.int32)
+    dataset = GPTDataset(index, str(folder / "megatron"), documents, 100_000, Split.train, config)
+    while True:
+        for i in range(len(dataset)):
+            yield len(dataset[i]["tokens"])
 
 
 # Runs where MosaicML Streaming is: reads for as many seconds as each line says and prints both speeds. An epoch is 50
@@ -294,6 +333,8 @@ def readers(manifest: Manifest, folder: Path, seq_len: int, mosaic_python: str) 
         "loopline best_fit, positions": in_process(ours(manifest, seq_len, packing="best_fit", has_positions=True)),
         "webdataset, records": in_process(raw_webdataset(manifest)),
         "megatron indexed": in_process(megatron(manifest, folder, seq_len)),
+        "megatron GPTDataset": in_process(megatron_gpt(manifest, folder, seq_len, has_boundaries=False)),
+        "megatron GPTDataset, boundaries": in_process(megatron_gpt(manifest, folder, seq_len, has_boundaries=True)),
         "loopline best_fit, 1 worker": in_process(ours(manifest, seq_len, packing="best_fit", workers=1)),
     }
     if subprocess.run([mosaic_python, "-c", "import streaming"], capture_output=True).returncode == 0:

@@ -7,6 +7,7 @@ together in order. `chunks.py`, `workers.py` and `staging.py` are the three piec
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from loopline.data_pipeline.chunks import Chunk, find_chunk, read_chunk, write_chunk, write_durably
-from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.errors import DataError, printable
 from loopline.data_pipeline.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -36,14 +37,18 @@ from loopline.data_pipeline.manifest import (
 )
 from loopline.data_pipeline.parts import Part, Source
 from loopline.data_pipeline.shards import DEFAULT_RECORD_TOKENS, DEFAULT_SHARD_BYTES, SplitWriter
+from loopline.data_pipeline.skips import DEFAULT_MAX_SKIPPED_SHARE, NO_TOKENS, Skip, Skips
 from loopline.data_pipeline.sources import BUNDLED, open_source
 from loopline.data_pipeline.staging import Staging, disk_error, open_staging, remove_staging
-from loopline.data_pipeline.tokenizer import TOKENIZER_FILE, TokenizerFile, train_tokenizer
+from loopline.data_pipeline.tokenizer import TOKENIZER_FILE, TokenizerFile, check_vocab_size, train_tokenizer
 from loopline.data_pipeline.workers import run_items
 
 log = logging.getLogger(__name__)
 
 _ENCODE_CHARACTERS = 1_000_000  # per call of the tokenizer: enough for every core, little enough to hold in memory
+_SHOWN_CHARACTERS = 40  # of a document that has no other name
+# What a given tokenizer is tried on before the build.
+_SAMPLE_PARTS, _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 8, 64, 10_000
 
 
 def build(
@@ -57,6 +62,7 @@ def build(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     workers: int = 0,
+    max_skipped_share: float = DEFAULT_MAX_SKIPPED_SHARE,
     progress: bool = True,
 ) -> Manifest:
     """Builds a data set into `out_dir`, or returns the one there if it was built with the same source and settings.
@@ -76,14 +82,17 @@ def build(
         seed: of the held-out choice.
         workers: processes that read and tokenize; 0 does it in this one, where `tokenizers` still uses every core. The
             result is the same.
+        max_skipped_share: in [0, 1]; the largest share of the documents that may be left out although they hold
+            something: not UTF-8, or nothing that the tokenizer has tokens for. Those without text do not count.
         progress: show a progress bar, if on a terminal.
     Returns:
         The saved manifest.
     Raises:
-        DataError: no text; a bad row; a bad setting; out_dir holds other data or is being built by another process; the
-            disk is full; a worker died.
+        DataError: no text; a bad row; a bad setting; too much was skipped; out_dir holds other data, files that a build
+            would overwrite or the source itself, or is being built by another process; the disk is full; a worker died.
     """
-    _check_settings(tokenizer, vocab_size, heldout_fraction, record_tokens, shard_bytes, workers)
+    _check_settings(tokenizer, vocab_size, workers, max_skipped_share)
+    check_numbers(heldout_fraction, record_tokens, shard_bytes)
     out = Path(out_dir)
     description = source.describe()
     settings: dict[str, str | int | float] = {
@@ -95,19 +104,24 @@ def build(
     }
     if (out / MANIFEST_FILE).exists():
         return existing_data(out, description, settings)
+    _refuse_source_in(out, source)
     with open_staging(out) as staging:
         if (out / MANIFEST_FILE).exists():  # another process finished it between the two looks
             return existing_data(out, description, settings)
         if tokenizer is None:
             assert vocab_size is not None
             tokenizer = _trained_tokenizer(source, staging.tokenizer, vocab_size, seed, heldout_fraction)
+            source.skips.check(source.n_texts + source.n_skipped, max_skipped_share)
         else:
+            _warn_of_lost_text(source, tokenizer)
             tokenizer = tokenizer.copy_to(staging.tokenizer)
         chunks = _iter_chunks(source, tokenizer, staging, workers, progress)
         rule = HeldoutRule(seed, heldout_fraction)
         limits = {"record_tokens": record_tokens, "shard_bytes": shard_bytes}
-        splits, n_skipped = _merge(chunks, staging, tokenizer, rule, limits)
-        _check_splits(set(splits), sum(s.n_documents for s in splits.values()), heldout_fraction, source, n_skipped)
+        splits, skips = _merge(chunks, staging, tokenizer, rule, limits)
+        n_documents = sum(split.n_documents for split in splits.values())
+        skips.check(n_documents + skips.n, max_skipped_share)
+        _check_splits(set(splits), n_documents, heldout_fraction, source, skips)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=dtype_for(tokenizer.vocab_size),
@@ -115,11 +129,14 @@ def build(
             eos_id=tokenizer.eos_id,
             tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
             provenance=Provenance(
-                source=description, settings=settings, n_skipped=n_skipped, loopline_version=version("loopline")
+                source=description, settings=settings, n_skipped=skips.n, loopline_version=version("loopline")
             ),
             splits=splits,
         )
         staging.commit(manifest)
+    if skips.n:
+        level = logging.WARNING if skips.n_lost else logging.INFO
+        log.log(level, "skipped %d of %d documents: %s", skips.n, n_documents + skips.n, skips)
     for name, split in splits.items():
         log.info("%s: %d documents, %d tokens, %d shards", name, split.n_documents, split.n_tokens, len(split.shards))
     return manifest
@@ -195,6 +212,36 @@ def existing_data(out: Path, description: dict, settings: dict) -> Manifest:
     manifest.verify(hashes=False)
     remove_staging(out)  # of a build that was killed between its manifest and its tidying
     return manifest
+
+
+def _refuse_source_in(out: Path, source: Source) -> None:
+    target = out.resolve()
+    for folder in {file.parent for file in source.files}:
+        if folder.resolve().is_relative_to(target):
+            raise DataError(
+                f"{out} cannot take the data set: the source is in it ({folder}). Choose a folder of its own, such as "
+                f"{target.parent / f'{target.name}-tokens'}"
+            )
+
+
+def _warn_of_lost_text(source: Source, tokenizer: TokenizerFile) -> None:
+    """Encodes a few documents from all over the source; a warning where some of their text gets no token."""
+    parts = source.parts()
+    some = parts[:: -(-len(parts) // _SAMPLE_PARTS)] if parts else []
+    texts = []
+    for part in some:
+        given = itertools.islice(source.read(part), max(1, _SAMPLE_DOCUMENTS // len(some)))
+        texts += [text[:_SAMPLE_CHARACTERS] for text in given if not isinstance(text, Skip)]
+    lost = tokenizer.lost_text(texts)
+    if lost:
+        log.warning(
+            "tokenizer %s has no token for some text of %d of %d sampled documents, first near %r. It is lost: use a "
+            "tokenizer with byte fallback, or one trained on such text",
+            printable(tokenizer.path),
+            len(lost),
+            len(texts),
+            lost[0],
+        )
 
 
 @dataclass(frozen=True)
@@ -289,34 +336,40 @@ class _Tokenize:
 
     def __call__(self, job: _Job) -> None:
         """Raises DataError: a bad row; a file that changed meanwhile; a full disk or an unreadable file."""
-        skipped: list[int] = []
+        skips = Skips()
         try:
-            write_chunk(self._chunks, job.part_idx, job.key, self._batches(job, skipped), skipped)
+            write_chunk(self._chunks, job.part_idx, job.key, self._batches(job, skips), skips)
         except OSError as error:
             raise disk_error(error, self._chunks.parent.parent) from error
 
-    def _batches(self, job: _Job, skipped: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(self, job: _Job, skips: Skips) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pending: list[str] = []
         n_characters = 0
         for text in self._source.read(job.signature.part):
-            if text is None:
-                skipped.append(1)
+            if isinstance(text, Skip):
+                skips.add(text)
                 continue
             pending.append(text)
             n_characters += len(text)
             if n_characters >= _ENCODE_CHARACTERS:
-                yield self._encode(pending)
+                yield from self._encode(pending, job, skips)
                 pending, n_characters = [], 0
-        if pending:
-            yield self._encode(pending)
+        yield from self._encode(pending, job, skips)
         job.signature.check()
 
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [n] of the data set's dtype, each document with eos last; exclusive ends [len(texts)], int64)."""
+    def _encode(self, texts: list[str], job: _Job, skips: Skips) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens [n] of the data set's dtype, each document with eos last; exclusive ends [n_documents], int64), once;
+        nothing where no document gives a token."""
         tokenizer = self._tokenizer
         dtype = dtype_for(tokenizer.vocab_size)
-        documents = [np.array([*ids, tokenizer.eos_id], dtype) for ids in tokenizer.encode_batch(texts)]
-        return np.concatenate(documents), np.cumsum([len(document) for document in documents])
+        documents = []
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            if ids:
+                documents.append(np.array([*ids, tokenizer.eos_id], dtype))
+            else:
+                skips.add(Skip(f"{text[:_SHOWN_CHARACTERS]!r} of {job}", NO_TOKENS))
+        if documents:
+            yield np.concatenate(documents), np.cumsum([len(document) for document in documents])
 
 
 def _iter_chunks(
@@ -366,16 +419,16 @@ def _merge(
     tokenizer: TokenizerFile,
     is_heldout: HeldoutRule,
     limits: dict[str, int],
-) -> tuple[dict[str, Split], int]:
-    """Writes the shards; returns the splits by name and the number of rows that held no text."""
+) -> tuple[dict[str, Split], Skips]:
+    """Writes the shards; returns the splits by name, and what was left out."""
     with open_splits(staging.shards, dtype_for(tokenizer.vocab_size), limits) as writers:
-        number = n_skipped = 0
+        number, skips = 0, Skips()
         for part_idx, chunk in chunks:
-            n_skipped += chunk.n_skipped
+            skips.merge(chunk.skipped)
             for tokens in read_chunk(staging.chunks, part_idx, chunk):
                 writers["heldout" if is_heldout(number) else "train"].add(tokens)
                 number += 1
-        return {name: split for name, writer in writers.items() if (split := writer.close()) is not None}, n_skipped
+        return {name: split for name, writer in writers.items() if (split := writer.close()) is not None}, skips
 
 
 @contextmanager
@@ -395,19 +448,19 @@ def _or_raise_if_empty(texts: Iterator[str], source: Source) -> Iterator[str]:
         is_empty = False
         yield text
     if is_empty:
-        raise DataError(_no_text(source, source.n_skipped))
+        raise DataError(_no_text(source, source.skips))
 
 
-def _no_text(source: Source, n_skipped: int) -> str:
+def _no_text(source: Source, skips: Skips) -> str:
     return (
-        f"source {source.describe()} gave no documents to train on ({n_skipped} empty or unreadable skipped); "
+        f"source {source.describe()} gave no documents to train on (skipped: {skips if skips.n else 'none'}); "
         "a build needs at least one document with text. Give a source with text"
     )
 
 
-def _check_splits(found: set[str], n_documents: int, heldout_fraction: float, source: Source, n_skipped: int) -> None:
+def _check_splits(found: set[str], n_documents: int, heldout_fraction: float, source: Source, skips: Skips) -> None:
     if "train" not in found:
-        raise DataError(_no_text(source, n_skipped))
+        raise DataError(_no_text(source, skips))
     if heldout_fraction > 0 and "heldout" not in found:
         raise DataError(
             f"heldout_fraction={heldout_fraction} of {n_documents} documents left the held-out split empty; "
@@ -416,19 +469,17 @@ def _check_splits(found: set[str], n_documents: int, heldout_fraction: float, so
 
 
 def _check_settings(
-    tokenizer: TokenizerFile | None,
-    vocab_size: int | None,
-    heldout_fraction: float,
-    record_tokens: int,
-    shard_bytes: int,
-    workers: int,
+    tokenizer: TokenizerFile | None, vocab_size: int | None, workers: int, max_skipped_share: float
 ) -> None:
     if (tokenizer is None) == (vocab_size is None):
         given = "neither" if tokenizer is None else "both"
         raise DataError(f"{given} of tokenizer and vocab_size given; give one: use a tokenizer, or train one")
-    check_numbers(heldout_fraction, record_tokens, shard_bytes)
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
     if workers < 0:
         raise DataError(f"workers={workers} must be 0 or more; 0 builds in this process")
+    if not 0 <= max_skipped_share <= 1:
+        raise DataError(f"max_skipped_share={max_skipped_share} must be from 0 to 1; 0 allows none, 1 any number")
 
 
 def check_numbers(heldout_fraction: float, record_tokens: int, shard_bytes: int) -> None:

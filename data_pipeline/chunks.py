@@ -8,13 +8,14 @@ whole or absent. The format is private to one build: `.build/` goes away when th
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from loopline.data_pipeline.manifest import file_sha256, fsync_folder
+from loopline.data_pipeline.skips import Skips
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Chunk:
 
     Attributes:
         key: hash of everything the tokens depend on.
-        n_batches, n_documents, n_tokens, n_skipped: counts.
+        n_batches, n_documents, n_tokens: counts.
+        skipped: `Skips.facts` of the part.
         n_bytes, sha256: of the tokens file.
     """
 
@@ -31,19 +33,19 @@ class Chunk:
     n_batches: int
     n_documents: int
     n_tokens: int
-    n_skipped: int
+    skipped: list[tuple[str, int, Sequence[str]]]
     n_bytes: int
     sha256: str
 
 
 def write_chunk(
-    folder: Path, part_idx: int, key: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], n_skipped: list[int]
+    folder: Path, part_idx: int, key: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], skips: Skips
 ) -> None:
     """Writes one chunk durably.
 
     Args:
         batches: (tokens [n], exclusive document ends [d], int64); written as they come, so memory holds one.
-        n_skipped: rows without text, appended to while `batches` is consumed.
+        skips: what the part leaves out; filled while `batches` is consumed.
     """
     path = _tokens_path(folder, part_idx)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -62,7 +64,7 @@ def write_chunk(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    chunk = Chunk(key, n_batches, n_documents, n_tokens, sum(n_skipped), n_bytes, sha256)
+    chunk = Chunk(key, n_batches, n_documents, n_tokens, skips.facts, n_bytes, sha256)
     write_durably(_facts_path(folder, part_idx), json.dumps(asdict(chunk)).encode())
 
 

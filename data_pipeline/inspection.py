@@ -21,11 +21,11 @@ def inspect_lines(manifest: Manifest, n_samples: int = 3) -> Iterator[str]:
         DataError: a sampled shard, or one of a split without a stored histogram, is missing or damaged; the tokenizer
             is not the manifest's.
     """
-    yield f"{manifest.path}: format {manifest.format_version}, tokens {manifest.dtype}"
+    yield f"{manifest.location}: format {manifest.format_version}, tokens {manifest.dtype}"
     yield f"tokenizer: {manifest.vocab_size:,} ids, eos {manifest.eos_id}, sha256 {manifest.tokenizer.sha256}"
     facts = {**manifest.provenance.source, **manifest.provenance.settings}
     yield "built from: " + ", ".join(f"{key} {value!r}" for key, value in facts.items())
-    yield f"skipped: {manifest.provenance.n_skipped:,} without text; loopline {manifest.provenance.loopline_version}"
+    yield f"skipped: {manifest.provenance.n_skipped:,} documents; loopline {manifest.provenance.loopline_version}"
     for name, split in manifest.splits.items():
         n_bytes = sum(shard.n_bytes for shard in split.shards)
         yield ""

@@ -4,12 +4,14 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_of_json, text_or_none
+from loopline.data_pipeline.errors import DataError, printable
+from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_of_json
+from loopline.data_pipeline.skips import Skip
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-# A few kilobytes of zstd can claim gigabytes of one line; the tokenizer would need ten times that.
+# A few kilobytes of zstd can claim gigabytes of one line. A line holds more than its document, whose own limit is far
+# below this: escapes of six bytes a character, and other fields.
 MAX_LINE_BYTES = 2**30
 
 
@@ -57,26 +59,26 @@ class JsonlSource(Source):
             parts += [Part((file,), start, stop, stop - start) for start, stop in zip(starts, stops, strict=True)]
         return parts + group_files(small, self._part_bytes)
 
-    def read(self, part: Part) -> Iterator[str | None]:
+    def read(self, part: Part) -> Iterator[str | Skip]:
         """Raises DataError for a row that is not a JSON object with a string under `field`, and for damaged files."""
         for file in part.files:
-            for number, line in self._lines(file, part.start, part.stop):
+            for number, start, line in self._lines(file, part.start, part.stop):
                 if not line.strip():
                     continue
-                where = f"{file}:{number}"
+                # Counting the lines before a part costs a pass over the file.
+                where = f"{file} at byte {start}" if part.start else f"{file}:{number}"
                 try:
-                    text = text_of_json(line, self.field, where)
+                    document = self._document(text_of_json(line, self.field, where), where)
                 except DataError as error:
-                    # Counting lines up to here costs a pass over the file, so only now.
                     n_before = _count_lines(file, part.start)
-                    raise DataError(str(error).replace(where, f"{file}:{n_before + number}", 1)) from None
-                yield text_or_none(text)
+                    raise DataError(str(error).replace(printable(where), f"{file}:{n_before + number}", 1)) from None
+                yield document
 
     def describe(self) -> dict[str, str | int]:
         return self._description("jsonl", field=self.field)
 
-    def _lines(self, file: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-        """(number from 1, line) of every line whose first byte lies in [start, stop)."""
+    def _lines(self, file: Path, start: int, stop: int | None) -> Iterator[tuple[int, int, bytes]]:
+        """(number from 1, offset, line) of every line whose first byte lies in [start, stop)."""
         with _open(file) as stream:
             position = start
             if start:
@@ -89,8 +91,8 @@ class JsonlSource(Source):
                 if not line:
                     return
                 number += 1
+                yield number, position, line
                 position += len(line)
-                yield number, line
 
 
 def _open(file: Path) -> io.BufferedReader:

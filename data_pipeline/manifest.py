@@ -37,6 +37,7 @@ from loopline.data_pipeline.download import (
     shown,
 )
 from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.record_arrays import RecordRules, broken_record
 from loopline.data_pipeline.store import LocalStore, RemoteStore, ShardStore, file_sha256, fsync_folder
 from loopline.data_pipeline.tar_layout import check_tar
 
@@ -165,7 +166,7 @@ class Split(_Strict):
     n_documents: Count
     n_tokens: Count
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
-    length_histogram: tuple[Annotated[int, Field(ge=0, lt=2**53)], ...] | None = None
+    length_histogram: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**53)], ...], Field(max_length=64)] | None = None
 
     @property
     def n_records(self) -> int:
@@ -198,9 +199,12 @@ class Manifest(_Strict):
             raise ValueError(f"dtype {self.dtype} does not fit vocab_size {self.vocab_size}")
         if self.eos_id >= self.vocab_size:
             raise ValueError(f"eos_id {self.eos_id} must be below vocab_size {self.vocab_size}")
-        names = [shard.name for split in self.splits.values() for shard in split.shards]
-        if len(set(names)) < len(names):
-            raise ValueError("a shard is listed twice")
+        shards = list(self.iter_shards())
+        for field in ("name", "sha256"):
+            if len({getattr(shard, field) for shard in shards}) < len(shards):
+                raise ValueError(f"a shard is listed twice: two have one {field}")
+        for shard in shards:
+            _check_apart(shard, np.dtype(self.dtype).itemsize)
         for name, split in self.splits.items():
             if split.length_histogram is not None:
                 counted = f"the counts of splits.{name}.length_histogram"
@@ -216,6 +220,11 @@ class Manifest(_Strict):
     @property
     def path(self) -> Path:
         return self.folder / MANIFEST_FILE
+
+    @property
+    def location(self) -> str:
+        """The manifest's path or URL, for people."""
+        return str(self.path) if self._remote is None else self._remote.shown(MANIFEST_FILE)
 
     @property
     def is_remote(self) -> bool:
@@ -293,7 +302,7 @@ class Manifest(_Strict):
         """Raises DataError where the manifest has no such split."""
         if name not in self.splits:
             raise DataError(
-                f"{self.path} has no split {name!r}, only {', '.join(sorted(self.splits))}; "
+                f"{self.location} has no split {name!r}, only {', '.join(sorted(self.splits))}; "
                 "name one of those, or build the data with heldout_fraction > 0"
             )
         return self.splits[name]
@@ -307,13 +316,14 @@ class Manifest(_Strict):
         """Compares the manifest with the files.
 
         Args:
-            hashes: also read every byte, compare sha256, and check that the tar's members are the manifest's records;
-                remote shards are all fetched for it, through the cache. Without it existence and sizes only.
+            hashes: also read every byte, compare sha256, check that the tar's members are the manifest's records, and
+                read every record as a stream would; remote shards are all fetched for it, through the cache. Without
+                it existence and sizes only.
         Raises:
             DataError: a shard is missing, or has another size or hash; a tar member that the manifest does not
-                describe; the tokenizer is missing or another one.
+                describe; a record that a stream would refuse; the tokenizer is missing or another one.
         """
-        store = self.store
+        store, rules = self.store, RecordRules(self.dtype, self.vocab_size, self.eos_id)
         for shard in self.iter_shards():
             store.check(shard, ask_server=not hashes)
             if hashes:
@@ -325,6 +335,11 @@ class Manifest(_Strict):
                             f"manifest says {shard.sha256}. {store.repair}"
                         )
                     check_tar(file, store.shown(shard.name), shard)
+                    for record in shard.records:
+                        try:
+                            rules.read(file, shard.n_bytes, record)
+                        except (OSError, ValueError) as error:
+                            raise broken_record(store, shard.name, record, error) from None
         self.verify_tokenizer()
 
     def verify_tokenizer(self) -> None:
@@ -386,6 +401,18 @@ def _listed(table: np.ndarray, indent: str) -> str:
     """The field `records`, [n_records, 4], as JSON: one line per record keeps the file readable."""
     rows = ",\n".join(f"{indent} [{a}, {b}, {c}, {d}]" for a, b, c, d in table.tolist())
     return f'{indent}"records": [\n{rows}\n{indent}]'
+
+
+def _check_apart(shard: Shard, token_bytes: int) -> None:
+    table = shard.records.table
+    # Of every record its tokens, then its ends: in the order of most files, which makes sorting them quick.
+    starts = table[:, [0, 2]].ravel()
+    stops = starts + (table[:, [1, 3]] * [token_bytes, 8]).ravel()
+    order = np.argsort(starts, kind="stable")
+    is_over = starts[order][1:] < stops[order][:-1]
+    if is_over.any():
+        at = starts[order][1:][is_over][0]
+        raise ValueError(f"shard {shard.name} has records that overlap or are listed twice, at byte {at}")
 
 
 def _check_sum(name: str, stated: int, summed: int, what: str) -> None:

@@ -5,6 +5,7 @@ byte pointers [n], int64 document bounds [m] (megatron.core.datasets.indexed_dat
 nothing is allocated from a count before the files' sizes agree with it.
 """
 
+import logging
 import struct
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -26,6 +27,8 @@ from loopline.data_pipeline.manifest import (
 from loopline.data_pipeline.shards import DEFAULT_RECORD_TOKENS, DEFAULT_SHARD_BYTES
 from loopline.data_pipeline.staging import open_staging
 from loopline.data_pipeline.tokenizer import TOKENIZER_FILE, TokenizerFile
+
+log = logging.getLogger(__name__)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -194,6 +197,8 @@ def import_megatron(
             splits=splits,
         )
         staging.commit(manifest)
+    if n_skipped:
+        log.warning("skipped %d of %d documents: nothing but eos in them", n_skipped, index.n_documents)
     return manifest
 
 

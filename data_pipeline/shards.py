@@ -3,7 +3,8 @@
 A record is two members, `{key}.tokens.npy` (uint16 or uint32, [n_tokens], whole documents one after the other, each
 ending with eos) and `{key}.ends.npy` (int64, [n_documents], exclusive end of each document). A document is never split
 over records. The bytes depend on the tokens alone (fixed owner, mode and time), and `webdataset.WebDataset` reads the
-files; our own reader seeks to a record by the manifest's offsets. Where the files are is `store.py`.
+files; our own reader seeks to a record by the manifest's offsets. One record is `record_arrays.py`, where the files are
+`store.py`.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.manifest import Manifest, Record, RecordTable, Shard, Split
+from loopline.data_pipeline.record_arrays import RecordRules, broken_record
 from loopline.data_pipeline.store import ShardFile
 
 DEFAULT_RECORD_TOKENS = 65_536
@@ -174,9 +175,7 @@ class SplitReader:
             self._store.check(shard)
         self._open: dict[int, ShardFile] = {}
         weakref.finalize(self, _close_all, self._open)
-        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._vocab_size = manifest.vocab_size
-        self._eos_id = manifest.eos_id
+        self._rules = RecordRules(manifest.dtype, manifest.vocab_size, manifest.eos_id)
         # First record number of each shard, and the number of all.
         self.records_by_shard = tuple([len(shard.records) for shard in self._shards])
         self._first_record = [0, *accumulate(self.records_by_shard)]
@@ -196,13 +195,10 @@ class SplitReader:
         record = shard.records[record_idx - self._first_record[shard_idx]]
         file = self._open.pop(shard_idx, None) or self._store.open(shard)
         try:
-            tokens, ends = self._read_record(file, shard, record)
+            tokens, ends = self._rules.read(file, shard.n_bytes, record)
         except (OSError, ValueError) as error:
             file.close()
-            raise DataError(
-                f"shard {self._store.shown(shard.name)}, record at byte {record.tokens_offset}, cannot be read: "
-                f"{error}. {self._store.repair}"
-            ) from None
+            raise broken_record(self._store, shard.name, record, error) from None
         self._keep(shard_idx, file)
         bounds = ends.tolist()
         return [tokens[start:end] for start, end in zip([0, *bounds], bounds)]
@@ -215,60 +211,7 @@ class SplitReader:
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.pop(next(iter(self._open))).close()
 
-    def _read_record(self, file: ShardFile, shard: Shard, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        tokens = _read_npy(file, shard.n_bytes, record.tokens_offset, self._dtype, record.n_tokens)
-        ends = _read_npy(file, shard.n_bytes, record.ends_offset, np.dtype("<i8"), record.n_documents)
-        if ends[0] < 1 or ends[-1] != len(tokens) or (ends[1:] <= ends[:-1]).any():
-            raise ValueError(f"document ends must rise from 1 or more to {len(tokens)}")
-        if tokens.max() >= self._vocab_size:
-            raise ValueError(f"token {tokens.max()} found, vocab_size is {self._vocab_size}")
-        if (tokens[ends - 1] != self._eos_id).any():
-            raise ValueError(f"a document does not end with eos ({self._eos_id})")
-        return tokens, ends
-
 
 def _close_all(files: dict[int, ShardFile]) -> None:
     for file in files.values():
         file.close()
-
-
-def _read_npy(file: ShardFile, n_file_bytes: int, offset: int, dtype: np.dtype, n: int) -> np.ndarray:
-    """A 1-D array at `offset`; nothing is allocated before the manifest's own figures agree, or used before its header
-    is what they promise."""
-    n_bytes = n * dtype.itemsize
-    if offset + n_bytes > n_file_bytes:
-        raise ValueError(f"the manifest claims {n_bytes} bytes at {offset}, the shard has {n_file_bytes}")
-    expected = _npy_header(dtype, n)
-    header, array = bytearray(len(expected)), np.empty(n, dtype)
-    # Not by the file's own position, which processes forked from here would share.
-    start, n_read = offset + len(header), os.preadv(file.fileno(), [header, array.data], offset) - len(header)
-    if header != expected:
-        start, n_read = offset + _check_npy_header(os.pread(file.fileno(), 1100, offset), dtype, n), 0
-    while n_read < n_bytes:  # after another header, or 2 GiB, the most that one call gives
-        n_more = os.preadv(file.fileno(), [array.view(np.uint8).data[n_read:]], start + n_read)
-        if not n_more:
-            raise ValueError(f"ends after {n_read} of {n_bytes} bytes")
-        n_read += n_more
-    return array
-
-
-def _npy_header(dtype: np.dtype, n: int) -> bytes:
-    """What numpy writes before a 1-D array. Comparing with it takes a twentieth of the time of numpy's parser."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n},), }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
-
-
-def _check_npy_header(content: bytes, dtype: np.dtype, n: int) -> int:
-    """Headers that other tools write differently; returns where the array's data begins."""
-    file = io.BytesIO(content)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not an npy array of version 1.0")
-    try:
-        shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=1024)
-    except Exception as error:
-        # Beside ValueError: what the tokenizer and the parser of a Python literal raise for garbage.
-        raise ValueError(f"npy header: {error}") from None
-    # Object arrays (pickles) end here too: their dtype is never the one expected.
-    if found != dtype or shape != (n,):
-        raise ValueError(f"array of {found} {list(shape)} found, {dtype} [{n}] expected")
-    return file.tell()

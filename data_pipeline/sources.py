@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.jsonl_source import JSONL_SUFFIXES, JsonlSource
-from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_or_none
+from loopline.data_pipeline.parts import DEFAULT_MAX_DOCUMENT_BYTES, PART_BYTES, Part, Source, group_files, list_files
+from loopline.data_pipeline.skips import NOT_UTF8, Skip
 from loopline.data_pipeline.table_sources import DATASET_DICT_MARK, HFDatasetSource, ParquetSource, is_dataset_folder
 from loopline.data_pipeline.tar_source import WebDatasetSource
 
@@ -26,7 +27,7 @@ _STDLIB_SKIPPED_FOLDERS = frozenset(
 class FileSource(Source):
     """One document per file: a single file, or every file below a folder whose name ends in one of `suffixes`.
 
-    Files that are not UTF-8 and files with nothing but white space are skipped and counted in `n_skipped`.
+    Files that are not UTF-8 and files with nothing but white space are skipped and counted in `skips`.
     """
 
     kind = "files"
@@ -44,7 +45,7 @@ class FileSource(Source):
         Args:
             path: a file (taken whatever its name) or a folder.
             suffixes: name endings that count, with the dot; used for a folder only.
-            skipped_folders: folder names that are not entered. Hidden folders never are.
+            skipped_folders: folder names that are not entered.
             part_bytes: small files share parts of about this size.
         Raises:
             DataError: path does not exist; the folder holds no such file.
@@ -57,13 +58,16 @@ class FileSource(Source):
     def parts(self) -> list[Part]:
         return group_files(self.files, self._part_bytes)
 
-    def read(self, part: Part) -> Iterator[str | None]:
+    def read(self, part: Part) -> Iterator[str | Skip]:
         for file in part.files:
+            self._check_size(file.stat().st_size, str(file))
             try:
                 # Bytes, not text mode: a document keeps its own line endings on every platform.
-                yield text_or_none(file.read_bytes().decode("utf-8"))
+                text = file.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
-                yield None
+                yield Skip(str(file), NOT_UTF8)
+            else:
+                yield self._document(text, str(file))
 
     def describe(self) -> dict[str, str | int]:
         return self._description(self.kind, suffixes=" ".join(self.suffixes))
@@ -96,7 +100,13 @@ _READERS: dict[str, Callable[[Path, str], Source]] = {
 _COMPRESSED = (".gz", ".zst")
 
 
-def open_source(spec: str | Path, *, suffixes: Sequence[str] | None = None, field: str = "text") -> Source:
+def open_source(
+    spec: str | Path,
+    *,
+    suffixes: Sequence[str] | None = None,
+    field: str = "text",
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+) -> Source:
     """The source a user means by `spec`: a bundled name, a file, or a folder.
 
     Args:
@@ -105,9 +115,21 @@ def open_source(spec: str | Path, *, suffixes: Sequence[str] | None = None, fiel
             files of one kind: `.txt`, `.jsonl` (also `.gz`, `.zst`), `.parquet`, `.tar`, or a saved Hugging Face data
             set. Endings of no kind are source files, one document each; `.gz` and `.zst` of any name are jsonl.
         field: key or column of the text.
+        max_document_bytes: a larger document is refused, for the memory it takes to tokenize.
     Raises:
-        DataError: nothing there, or it is not clear how to read it.
+        DataError: nothing there, or it is not clear how to read it; max_document_bytes below 1.
     """
+    if max_document_bytes < 1:
+        raise DataError(f"max_document_bytes={max_document_bytes} must be 1 or more; leave it out for the default")
+    try:
+        source = _open(spec, suffixes, field)
+    except OSError as error:
+        raise DataError(f"text source {spec} cannot be read: {error}. Make it readable, or give another") from None
+    source.max_document_bytes = max_document_bytes
+    return source
+
+
+def _open(spec: str | Path, suffixes: Sequence[str] | None, field: str) -> Source:
     if spec in BUNDLED:
         return StdlibSource()
     if str(spec).startswith("pipe:") or "://" in str(spec):

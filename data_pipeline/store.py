@@ -256,7 +256,9 @@ class ShardCache:
         """The file being filled, locked by us; None where the finished one has appeared."""
         part = self._part(listed)
         while not self._path(listed).exists():
-            file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            # Not fdopen: the name of its file is a number, and goes into messages.
+            raw = io.FileIO(part, "r+", opener=lambda path, _: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+            file = io.BufferedRandom(raw)
             # Between opening and locking it may have been finished and renamed, or swept: then the lock is of no use.
             if _try_lock(file.fileno()) and _is_at(file, part):
                 if not self._path(listed).exists():

@@ -1,18 +1,38 @@
 """Tables with a text column: parquet files, and Hugging Face `datasets` saved on disk. One document per row."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.parts import PART_BYTES, Part, Source, list_files, refuse_row, text_or_none
+from loopline.data_pipeline.parts import PART_BYTES, Part, Source, list_files, refuse_row
+from loopline.data_pipeline.skips import Skip
 
 _BATCH_ROWS = 256  # decoded at a time: bounds memory, also where a row group holds gigabytes
 DATASET_MARKS = ("state.json", "dataset_info.json")  # what `Dataset.save_to_disk` leaves in a folder
 DATASET_DICT_MARK = "dataset_dict.json"
 
 
-class ParquetSource(Source):
+class _TableSource(Source):
+    """What sources of rows share."""
+
+    field: str
+
+    def _documents(self, column: Any, where: Path, first_row: int) -> Iterator[str | Skip]:
+        """The strings of an arrow column; rows are counted from 0, as table libraries do."""
+        for row, value in enumerate(column, first_row):
+            place = f"{where}:{row}"
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: {self.field!r} is not UTF-8 ({error.reason}); fix or drop the row") from None
+            if not isinstance(text, str):
+                refuse_row(place, "null" if text is None else f"a {type(text).__name__}", self.field)
+            yield self._document(text, place)
+
+
+class ParquetSource(_TableSource):
     """The string column `field` of parquet files; parts are runs of row groups."""
 
     def __init__(self, path: str | Path, field: str = "text", *, part_bytes: int = PART_BYTES) -> None:
@@ -43,7 +63,7 @@ class ParquetSource(Source):
                     start, n_bytes = group + 1, 0
         return parts
 
-    def read(self, part: Part) -> Iterator[str | None]:
+    def read(self, part: Part) -> Iterator[str | Skip]:
         import pyarrow
 
         [file] = part.files
@@ -52,7 +72,7 @@ class ParquetSource(Source):
             row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
             try:
                 for batch in table.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=[self.field]):
-                    yield from _texts(batch.column(0), file, row, self.field)
+                    yield from self._documents(batch.column(0), file, row)
                     row += batch.num_rows
             except (OSError, pyarrow.ArrowException) as error:
                 raise _damaged(file, error) from None
@@ -61,7 +81,7 @@ class ParquetSource(Source):
         return self._description("parquet", field=self.field)
 
 
-class HFDatasetSource(Source):
+class HFDatasetSource(_TableSource):
     """The string column `field` of a folder that `datasets.Dataset.save_to_disk` wrote; parts are ranges of rows.
 
     Read through the `datasets` library, which runs no code for data on disk.
@@ -84,7 +104,7 @@ class HFDatasetSource(Source):
                 f"Give its own folder, such as {self.path / (splits[0] if splits else 'train')}"
             )
         self._open()
-        self.files = list_files(self.path, (".arrow",))
+        self.files = sorted(self.path / name for name in _data_files(self.path))
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process maps the files itself.
@@ -102,7 +122,7 @@ class HFDatasetSource(Source):
             for start, stop in zip(starts, stops, strict=True)
         ]
 
-    def read(self, part: Part) -> Iterator[str | None]:
+    def read(self, part: Part) -> Iterator[str | Skip]:
         import pyarrow
 
         dataset = self._open()
@@ -110,7 +130,7 @@ class HFDatasetSource(Source):
         try:
             for row in range(part.start, stop, _BATCH_ROWS):
                 batch = dataset[row : min(row + _BATCH_ROWS, stop)]
-                yield from _texts(batch.column(self.field), self.path, row, self.field)
+                yield from self._documents(batch.column(self.field), self.path, row)
         except (OSError, pyarrow.ArrowException) as error:
             raise _damaged(self.path, error) from None
 
@@ -127,6 +147,13 @@ class HFDatasetSource(Source):
                     f"text source {self.path} is no folder of `Dataset.save_to_disk`: it needs "
                     f"{' and '.join(DATASET_MARKS)}. Save the data set there, or give another folder"
                 )
+            for name in _data_files(self.path):
+                # The library would follow it out of the folder.
+                if Path(name).name != name:
+                    raise DataError(
+                        f"{self.path / DATASET_MARKS[0]} lists the data file {name!r}; data files lie in the folder "
+                        "itself, under plain names. Save the data set again"
+                    )
             try:
                 dataset = datasets.load_from_disk(str(self.path))
             except (OSError, ValueError, KeyError, TypeError) as error:  # what it raises for damaged folders
@@ -139,6 +166,15 @@ class HFDatasetSource(Source):
 def is_dataset_folder(path: Path) -> bool:
     """Whether `Dataset.save_to_disk` wrote this folder, by the files it leaves."""
     return all((path / name).is_file() for name in DATASET_MARKS)
+
+
+def _data_files(folder: Path) -> list[str]:
+    """Names of the files that hold a saved data set; others, such as `cache-*.arrow` of a `map`, are not part of it."""
+    mark = folder / DATASET_MARKS[0]
+    try:
+        return [str(listed["filename"]) for listed in json.loads(mark.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
 
 
 def _open_parquet(file: Path, field: str) -> Any:
@@ -169,18 +205,6 @@ def _no_column(where: Path, field: str, columns: dict[str, str]) -> str:
 def _column_bytes(group: Any, field: str) -> int:
     columns = (group.column(i) for i in range(group.num_columns))
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
-
-
-def _texts(column: Any, where: Path, first_row: int, field: str) -> Iterator[str | None]:
-    """The strings of an arrow column; rows are counted from 0, as table libraries do."""
-    for row, value in enumerate(column, first_row):
-        try:
-            text = value.as_py()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}:{row}: {field!r} is not UTF-8 ({error.reason}); fix or drop the row") from None
-        if not isinstance(text, str):
-            refuse_row(f"{where}:{row}", "null" if text is None else f"a {type(text).__name__}", field)
-        yield text_or_none(text)
 
 
 def _damaged(where: Path, error: Exception) -> DataError:

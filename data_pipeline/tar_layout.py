@@ -23,14 +23,22 @@ def check_tar(file: BinaryIO, what: str, shard: "Shard") -> None:
         what: the shard's place, for messages.
     Raises:
         DataError: a member that is no regular file or whose name leaves the folder, or a damaged header; a record of
-            the manifest that is no member; no end of archive.
+            the manifest that is no pair of members; a record that the manifest lacks; no end of archive.
     """
     try:
         members = dict(_iter_members(file))  # offset of the data -> name
         for record in shard.records:
+            keys = []
             for offset, suffix in ((record.tokens_offset, ".tokens.npy"), (record.ends_offset, ".ends.npy")):
-                if not members.get(offset, "").endswith(suffix):
+                name = members.pop(offset, "")
+                if not name.endswith(suffix):
                     raise ValueError(f"the manifest has a record at byte {offset}, the tar has no *{suffix} there")
+                keys.append(name.removesuffix(suffix))
+            if keys[0] != keys[1]:
+                raise ValueError(f"the manifest's record at byte {record.tokens_offset} is of {' and '.join(keys)}")
+        for offset, name in members.items():
+            if name.endswith((".tokens.npy", ".ends.npy")):
+                raise ValueError(f"the tar has {name!r} at byte {offset}, which is no record of the manifest")
     except (ValueError, tarfile.HeaderError) as error:
         raise DataError(f"shard {what} is not the tar its manifest describes: {error}. Build the data again") from None
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import IO
 
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_of_json, text_or_none
+from loopline.data_pipeline.parts import PART_BYTES, Part, Source, group_files, list_files, text_of_json
+from loopline.data_pipeline.skips import NO_MEMBER, NOT_UTF8, Skip
 
+# Sizes and chains of headers in a made-up tar can also end in the last four.
+_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError)
 # What common decoders would unpickle. No part of ours does; their presence means the data wants to run code.
 _PICKLED = (".pkl", ".pickle", ".pth", ".pt", ".pyd")
 
@@ -21,7 +24,8 @@ class WebDatasetSource(Source):
     """Samples of webdataset tars in the order of the files; a sample is a run of members with one name up to the dot.
 
     A `.txt` member is the document; where a sample has none, it is the string under `field` of its `.json` member.
-    Samples with neither, with white space only, or with a `.txt` that is not UTF-8 are skipped and counted.
+    Endings may be in capitals. Samples with neither, with white space only, or with a `.txt` that is not UTF-8 are
+    skipped and counted; hidden members are left out; a `.txt` with more dots in its name is refused.
     """
 
     def __init__(self, path: str | Path, field: str = "text", *, part_bytes: int = PART_BYTES) -> None:
@@ -42,19 +46,27 @@ class WebDatasetSource(Source):
     def parts(self) -> list[Part]:
         return group_files(self.files, self._part_bytes)
 
-    def read(self, part: Part) -> Iterator[str | None]:
+    def read(self, part: Part) -> Iterator[str | Skip]:
         for file in part.files:
             yield from self._samples(file)
 
     def describe(self) -> dict[str, str | int]:
         return self._description("webdataset", field=self.field)
 
-    def _samples(self, file: Path) -> Iterator[str | None]:
+    def _samples(self, file: Path) -> Iterator[str | Skip]:
         key: tuple[str, str] | None = None
         members: dict[str, tuple[str, bytes]] = {}
-        for name, data in _members(file):
+        for name, data in self._members(file):
             folder, _, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
+            extension = extension.lower()  # as webdataset does
+            if not stem:  # hidden; for webdataset no sample either
+                continue
+            if extension.endswith(".txt"):
+                raise DataError(
+                    f"{file}: member {name!r} is no document of its own: a sample's name ends at the first dot, so it "
+                    f"is the part {extension!r} of sample {stem!r}. Rename it, so that its only dot is that of .txt"
+                )
             if (folder, stem) != key:
                 if key is not None:
                     yield self._text(file, members)
@@ -65,36 +77,37 @@ class WebDatasetSource(Source):
         if key is not None:
             yield self._text(file, members)
 
-    def _text(self, file: Path, members: dict[str, tuple[str, bytes]]) -> str | None:
+    def _text(self, file: Path, members: dict[str, tuple[str, bytes]]) -> str | Skip:
         if "txt" in members:
+            name, data = members["txt"]
             try:
-                return text_or_none(members["txt"][1].decode("utf-8"))
+                return self._document(data.decode("utf-8"), f"{file}:{name}")
             except UnicodeDecodeError:
-                return None
+                return Skip(f"{file}:{name}", NOT_UTF8)
         if "json" in members:
             name, data = members["json"]
-            return text_or_none(text_of_json(data, self.field, f"{file}:{name}"))
-        return None
+            return self._document(text_of_json(data, self.field, f"{file}:{name}"), f"{file}:{name}")
+        return Skip(f"{file}:{next(iter(members.values()))[0]}", NO_MEMBER)
 
-
-def _members(file: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular members; the content of members that hold no text is left empty."""
-    n_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    _check_member(file, member, n_bytes)
-                    if member.isreg():
-                        is_text = member.name.endswith((".txt", ".json"))
-                        yield member.name, _content(archive.extractfile(member)) if is_text else b""
-                    archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                _check_end(file, stream, archive.offset)
-        except DataError:
-            raise
-        # Sizes and chains of headers in a made-up tar can also end in the last four.
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-            raise DataError(f"{file} cannot be read as a tar: {error}. Copy it again, or leave it out") from None
+    def _members(self, file: Path) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of the regular members; the content of members that hold no text is left empty."""
+        n_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    while (member := archive.next()) is not None:
+                        _check_member(file, member, n_bytes)
+                        if member.isreg():
+                            is_text = member.name.lower().endswith((".txt", ".json"))
+                            if member.name.lower().endswith(".txt"):
+                                self._check_size(member.size, f"{file}:{member.name}")
+                            yield member.name, _content(archive.extractfile(member)) if is_text else b""
+                        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+                    _check_end(file, stream, archive.offset)
+            except DataError:
+                raise
+            except _BROKEN as error:
+                raise DataError(f"{file} cannot be read as a tar: {error}. Copy it again, or leave it out") from None
 
 
 def _content(stream: IO[bytes] | None) -> bytes:

@@ -6,6 +6,7 @@ of a tokenizer are Hugging Face's business.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _CONVERTIBLE = (CONFIG_FILES[0], "vocab.json", "vocab.txt", "tokenizer.model", "
 
 _N_BYTES = 256
 MIN_VOCAB_SIZE = _N_BYTES + 2
+# Far above any real one. The library sets memory aside for every entry first, and ends the process where it gets none.
+MAX_VOCAB_SIZE = 2**24
 
 
 class TokenizerFile:
@@ -102,6 +105,28 @@ class TokenizerFile:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def lost_text(self, texts: Sequence[str]) -> list[str]:
+        """Of every text with characters that no token stands for, some characters around the first of them.
+
+        By the tokens' places in the text and not by decoding, since normalizers may change text and lose nothing. White
+        space, control characters and combining marks do not count: they are what normalizers drop on purpose. The
+        place is only near where a BPE drops characters, since it then counts the places after them too low.
+        """
+        model = json.loads(self._content)["model"]
+        unknown = {model.get("unk_id"), self._tokenizer.token_to_id(model.get("unk_token") or "")}
+        found = []
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            is_kept = [False] * len(text)
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token not in unknown:
+                    is_kept[start:end] = [True] * (end - start)
+            lost = (i for i, is_here in enumerate(is_kept) if not is_here)
+            first = next((i for i in lost if unicodedata.category(text[i])[0] not in "ZCM"), None)
+            if first is not None:
+                found.append(text[max(0, first - 20) : first + 20])
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -156,6 +181,17 @@ def _convert(folder: Path) -> tuple[bytes, dict[str, str]]:
     return backend.to_str(pretty=True).encode("utf-8"), special
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises DataError for a vocabulary that cannot be trained."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds {_N_BYTES} bytes and 2 special "
+            f"tokens. Use at least {MIN_VOCAB_SIZE}"
+        )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(f"vocab_size={vocab_size} is too large: use at most {MAX_VOCAB_SIZE}; 32000 to 256000 is usual")
+
+
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int) -> TokenizerFile:
     """Trains a byte-level BPE and writes `tokenizer.json` and its Hugging Face files into `folder`.
 
@@ -163,13 +199,9 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
     corpus can run out of pairs to merge; the vocabulary is then smaller than asked for.
 
     Raises:
-        DataError: vocab_size < 258.
+        DataError: see `check_vocab_size`.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(
-            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds {_N_BYTES} bytes and 2 special "
-            f"tokens. Use at least {MIN_VOCAB_SIZE}"
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -137,17 +137,42 @@ def unknown(op: str, backend: str, backends: tuple[str, ...]) -> BackendError:
     return BackendError(f"{op} backend {backend!r} is unknown; known: {', '.join(backends)}")
 
 
-def check_boundaries(cu_seqlens: list[int], n_rows: int, n_tokens: int) -> None:
+# N + 1 document boundaries of a packed row, from 0 to T: a list on the host; or an int32 tensor on the CPU, which a
+# graph of torch.compile takes as an input, so that it serves rows with other boundaries.
+Boundaries = list[int] | Tensor
+
+
+def listed(cu_seqlens: Boundaries) -> list[int]:
+    """As a list, which what is not a custom op needs. A graph of torch.compile ends here where they are a tensor."""
+    return cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+
+
+def known(cu_seqlens: Boundaries) -> list[int] | None:
+    """As a list, to check sizes that follow from them; None in a graph of torch.compile: its ops check then."""
+    return None if torch.compiler.is_compiling() else listed(cu_seqlens)
+
+
+def check_boundaries(cu_seqlens: Boundaries, n_rows: int, n_tokens: int) -> None:
     """Refuse a batch of more than one row, and boundaries that do not rise from 0 to n_tokens.
+
+    In a graph of torch.compile the values of a tensor are not known; custom ops look at them where they run.
 
     Raises:
         ValueError: naming what was found.
     """
     if n_rows != 1:
         raise ValueError(f"batch is {n_rows}; pack sequences into one row and give their cu_seqlens")
-    is_rising = all(a < b for a, b in itertools.pairwise(cu_seqlens))
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != n_tokens or not is_rising:
-        raise ValueError(f"cu_seqlens {cu_seqlens[:4]}.. must rise from 0 to T = {n_tokens}")
+    if isinstance(cu_seqlens, Tensor) and (
+        cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device.type != "cpu"
+    ):
+        found = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens {found} must be [N + 1] of torch.int32 on the CPU, or a list")
+    if isinstance(cu_seqlens, Tensor) and torch.compiler.is_compiling():
+        return
+    bounds = listed(cu_seqlens)
+    is_rising = all(a < b for a, b in itertools.pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n_tokens or not is_rising:
+        raise ValueError(f"cu_seqlens {bounds[:4]}.. must rise from 0 to T = {n_tokens}")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

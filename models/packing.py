@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loopline.kernels.backends import Boundaries
 from loopline.models.rope import rotary_tables
 
 
@@ -13,13 +14,21 @@ class Packing:
     """Layout of a packed row.
 
     Attributes:
-        cu_seqlens: N + 1 document boundaries, on the host so that no mixer waits for the device.
+        boundaries: N + 1 document boundaries, on the host so that no mixer waits for the device.
         positions: [1, T], int64, position of each token in its document.
     """
 
-    cu_seqlens: list[int]
+    boundaries: list[int]
     positions: Tensor
+    _host: Tensor = field(init=False, repr=False, compare=False)  # [N+1], int32, on the CPU
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def cu_seqlens(self) -> Boundaries:
+        """Document boundaries as ops take them: a tensor in a graph of torch.compile, which then serves other rows."""
+        if torch.compiler.is_compiling():
+            return self._host
+        return self.boundaries
 
     def rotary(self, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
         """Rotary tables of the row's positions, made once for every block and loop, or once in each compiled graph."""
@@ -30,6 +39,9 @@ class Packing:
         if not torch.compiler.is_compiling():
             self._rotary[key] = tables
         return tables
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_host", torch.tensor(self.boundaries, dtype=torch.int32))
 
     @classmethod
     def of(cls, cu_seqlens: list[int], device: torch.device | str) -> "Packing":

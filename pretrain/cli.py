@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loopline.data_pipeline.errors import DataError
+from loopline.data_pipeline.errors import DataError, printable
 from loopline.pretrain import train as train_module
 from loopline.pretrain.errors import CheckpointError, ConfigError, ExportError
 
@@ -56,6 +56,15 @@ def _add_data(commands) -> None:  # type: ignore[no-untyped-def]
     build.add_argument("--suffixes", default=None, help="file endings to read from a folder: .py,.md")
     build.add_argument("--text-field", default="text", help="field or column of a record that holds the text")
     build.add_argument("--workers", type=int, default=None, help="processes; 0: this one alone; default: one per core")
+    build.add_argument(
+        "--max-skipped-share",
+        type=float,
+        default=0.01,
+        help="most documents that may be left out as not UTF-8 or without tokens, as a share; more fail the build",
+    )
+    build.add_argument(
+        "--max-document-bytes", type=int, default=16 * 2**20, help="a larger document fails the build: memory, 150 x"
+    )
     _add_data_sizes(build)
     build.set_defaults(run=_build)
     megatron = data.add_parser("import-megatron", help="Megatron .bin/.idx -> token shards and manifest")
@@ -84,12 +93,14 @@ def _add_data_sizes(parser: argparse.ArgumentParser) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from loopline.data_pipeline.build import build
+    from loopline.data_pipeline.manifest import MANIFEST_FILE
     from loopline.data_pipeline.sources import open_source
     from loopline.data_pipeline.tokenizer import TokenizerFile
 
     suffixes = tuple(args.suffixes.split(",")) if args.suffixes else None
+    was_there = (args.out / MANIFEST_FILE).exists()
     manifest = build(
-        open_source(args.source, suffixes=suffixes, field=args.text_field),
+        open_source(args.source, suffixes=suffixes, field=args.text_field, max_document_bytes=args.max_document_bytes),
         args.out,
         tokenizer=TokenizerFile(args.tokenizer) if args.tokenizer else None,
         vocab_size=args.vocab_size,
@@ -98,14 +109,17 @@ def _build(args: argparse.Namespace) -> int:
         shard_bytes=args.shard_bytes,
         seed=args.seed,
         workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+        max_skipped_share=args.max_skipped_share,
     )
-    return _print_built(manifest)
+    return _print_built(manifest, was_there)
 
 
 def _import_megatron(args: argparse.Namespace) -> int:
+    from loopline.data_pipeline.manifest import MANIFEST_FILE
     from loopline.data_pipeline.megatron_index import import_megatron
     from loopline.data_pipeline.tokenizer import TokenizerFile
 
+    was_there = (args.out / MANIFEST_FILE).exists()
     manifest = import_megatron(
         args.prefix,
         args.out,
@@ -115,7 +129,7 @@ def _import_megatron(args: argparse.Namespace) -> int:
         shard_bytes=args.shard_bytes,
         seed=args.seed,
     )
-    return _print_built(manifest)
+    return _print_built(manifest, was_there)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -125,7 +139,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.samples < 0:
         raise DataError(f"--samples is {args.samples}: give 0 or more")
     for line in inspect_lines(Manifest.load(args.manifest), args.samples):
-        print(line)
+        print(printable(line))
     return 0
 
 
@@ -136,14 +150,21 @@ def _verify(args: argparse.Namespace) -> int:
     manifest.verify()
     shards = list(manifest.iter_shards())
     n_bytes = sum(shard.n_bytes for shard in shards)
-    print(f"{manifest.path}: tokenizer and {len(shards):,} shards, {n_bytes:,} bytes, all as built")
+    place = printable(manifest.location)
+    print(f"{place}: tokenizer and {len(shards):,} shards, {n_bytes:,} bytes: every record readable, all as built")
     return 0
 
 
-def _print_built(manifest: "Manifest") -> int:
+def _print_built(manifest: "Manifest", was_there: bool) -> int:
+    if was_there:
+        print("already there, built from the same source with the same settings")
     for name, split in manifest.splits.items():
         print(f"{name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, {len(split.shards)} shards")
-    print(f"manifest: {manifest.path}")
+    n_skipped = manifest.provenance.n_skipped
+    if n_skipped:
+        n_documents = n_skipped + sum(split.n_documents for split in manifest.splits.values())
+        print(f"skipped: {n_skipped:,} of {n_documents:,} documents")
+    print(f"manifest: {printable(manifest.path)}")
     return 0
 
 

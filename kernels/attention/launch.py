@@ -1,6 +1,7 @@
 """Flash attention on Triton: every launch, as custom ops with a backward pass."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from loopline.kernels.attention.attention_kernels import (
 )
 from loopline.kernels.attention.bitmask_kernels import attention_tiles_kernel, attention_transpose_kernel
 from loopline.kernels.attention.tiles import Tile, Tiles, split_head, tiles_for
-from loopline.kernels.backends import check_boundaries
+from loopline.kernels.backends import Boundaries, check_boundaries, known
 from loopline.kernels.devices import on_its_device
-from loopline.kernels.tables import boundaries_on, pieces_by_work_on, pieces_on
+from loopline.kernels.tables import boundaries_on, numbers_of, on_host, pieces_by_work_on, pieces_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256
@@ -30,7 +31,7 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     *,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     window: int | None = None,
     bitmask: Tensor | None = None,
     scale: float | None = None,
@@ -67,25 +68,18 @@ def flash_attention(
         for tile in (tiles.fwd, tiles.dq, tiles.dkv):
             if tile.columns % 32:
                 raise ValueError(f"columns {tile.columns} of a tile must be a multiple of 32, a word of the bitmask")
-    longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-    bounds = tuple(cu_seqlens)
     o, lse = attention_fwd(
         *(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)),
         bitmask,
-        boundaries_on(bounds, q.device),
-        pieces_by_work_on(bounds, tiles.fwd.rows, False, q.device),
-        pieces_by_work_on(bounds, tiles.dq.rows, False, q.device),
-        pieces_by_work_on(bounds, tiles.dkv.rows, True, q.device),
-        pieces_on(bounds, 32 * _TRANSPOSED_WORDS, q.device),
-        longest=longest,
-        window=0 if window is None or window >= longest else window,
+        on_host(cu_seqlens),
+        window=window,
         scale=scale,
         tiles=tiles.numbers(),
     )
     return o, lse.detach()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None, bitmask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Boundaries, window: int | None, bitmask: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     is_alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3]
     if not is_alike or q.shape[:2] != k.shape[:2]:
@@ -102,13 +96,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int |
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1, the query's own key, or None for no window")
     if bitmask is not None:
-        n_words = -(-max(end - start for start, end in itertools.pairwise(cu_seqlens)) // 32)
-        want = (q.shape[1], n_words)
-        if bitmask.shape != want or bitmask.dtype != torch.int32 or not bitmask.is_contiguous():
-            raise ValueError(
-                f"bitmask {tuple(bitmask.shape)} {bitmask.dtype} must be contiguous "
-                f"[T, longest document / 32] = {want} of torch.int32"
-            )
+        bounds = known(cu_seqlens)
+        if bounds is not None:
+            _check_words(bitmask, bounds)
         if bitmask.device != q.device:
             raise ValueError(f"bitmask on {bitmask.device} must be on {q.device}, where q is")
 
@@ -120,25 +110,21 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     bitmask: Tensor | None,
-    boundaries: Tensor,
-    pieces: Tensor,
-    pieces_dq: Tensor,
-    pieces_dkv: Tensor,
-    pieces_bits: Tensor,
-    longest: int,
-    window: int,
+    cu_seqlens: Tensor,
+    window: int | None,
     scale: float,
     tiles: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of `flash_attention`; `window` 0 is none, and the tables are int32 (kernels/tables.py)."""
+    """o and lse of `flash_attention`."""
     tile = Tiles.of_numbers(tiles).fwd
+    row = _Row(q, bitmask, cu_seqlens, window)
+    pieces = pieces_by_work_on(row.bounds, tile.rows, False, q.device)
     n_tokens, n_heads = q.shape[1:3]
     o = q.new_empty(1, n_tokens, n_heads, v.shape[3])
     lse = q.new_empty(n_heads, n_tokens, dtype=torch.float32)
-    lists = _tile_lists(bitmask, boundaries, pieces, longest, window, tile, is_query=True)
     attention_fwd_kernel[(len(pieces), n_heads)](
-        q, k, v, o, lse, bitmask, **lists, p_boundaries=boundaries, p_pieces=pieces,
-        **_sizes(q, k, v, bitmask, window, scale), BM=tile.rows, BN=tile.columns, **_options(tile),
+        q, k, v, o, lse, bitmask, **row.tile_lists(bitmask, pieces, tile, is_query=True), p_boundaries=row.boundaries,
+        p_pieces=pieces, **_sizes(q, k, v, bitmask, row.window, scale), BM=tile.rows, BN=tile.columns, **_options(tile),
     )  # fmt: skip
     return o, lse
 
@@ -159,12 +145,8 @@ def attention_bwd(
     o: Tensor,
     lse: Tensor,
     bitmask: Tensor | None,
-    boundaries: Tensor,
-    pieces_dq: Tensor,
-    pieces_dkv: Tensor,
-    pieces_bits: Tensor,
-    longest: int,
-    window: int,
+    cu_seqlens: Tensor,
+    window: int | None,
     scale: float,
     tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,17 +155,20 @@ def attention_bwd(
     n_tokens, n_heads, n_kv_heads = *q.shape[1:3], k.shape[2]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     rows = q.new_empty(2, n_heads, n_tokens, dtype=torch.float32)  # lse in base 2, and delta
-    sizes = _sizes(q, k, v, bitmask, window, scale)
-    lists = _tile_lists(bitmask, boundaries, pieces_dq, longest, window, every.dq, is_query=True)
-    attention_bwd_dq_kernel[(len(pieces_dq), n_heads)](
-        q, k, v, o, do, lse, dq, rows, bitmask, **lists, p_boundaries=boundaries, p_pieces=pieces_dq,
-        **sizes, BM=every.dq.rows, BN=every.dq.columns, **_options(every.dq),
+    row = _Row(q, bitmask, cu_seqlens, window)
+    sizes = _sizes(q, k, v, bitmask, row.window, scale)
+    pieces = pieces_by_work_on(row.bounds, every.dq.rows, False, q.device)
+    attention_bwd_dq_kernel[(len(pieces), n_heads)](
+        q, k, v, o, do, lse, dq, rows, bitmask, **row.tile_lists(bitmask, pieces, every.dq, is_query=True),
+        p_boundaries=row.boundaries, p_pieces=pieces, **sizes, BM=every.dq.rows, BN=every.dq.columns,
+        **_options(every.dq),
     )  # fmt: skip
-    transposed = _transposed(bitmask, boundaries, pieces_bits, longest, window)
-    lists = _tile_lists(transposed, boundaries, pieces_dkv, longest, window, every.dkv, is_query=False)
-    attention_bwd_dkv_kernel[(len(pieces_dkv), n_kv_heads)](
-        q, k, v, do, dk, dv, rows, transposed, **lists, p_boundaries=boundaries, p_pieces=pieces_dkv,
-        **sizes, BN=every.dkv.rows, BM=every.dkv.columns, **_options(every.dkv),
+    transposed = row.transposed(bitmask)
+    pieces = pieces_by_work_on(row.bounds, every.dkv.rows, True, q.device)
+    attention_bwd_dkv_kernel[(len(pieces), n_kv_heads)](
+        q, k, v, do, dk, dv, rows, transposed, **row.tile_lists(transposed, pieces, every.dkv, is_query=False),
+        p_boundaries=row.boundaries, p_pieces=pieces, **sizes, BN=every.dkv.rows, BM=every.dkv.columns,
+        **_options(every.dkv),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -195,9 +180,8 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bitmask, boundaries, _, *pieces, longest, window, scale, tiles = inputs
-    ctx.save_for_backward(q, k, v, *output, bitmask, boundaries, *pieces)
-    ctx.arguments = (longest, window, scale, tiles)
+    q, k, v, bitmask, cu_seqlens, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, *output, bitmask, cu_seqlens)
     ctx.n_inputs = len(inputs)
 
 
@@ -242,30 +226,56 @@ def _options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _tile_lists(
-    bits: Tensor | None, boundaries: Tensor, pieces: Tensor, longest: int, window: int, tile: Tile, *, is_query: bool
-) -> dict[str, Any]:
-    """For each piece of rows the column tiles that hold a bit; without a bitmask bounds are arithmetic, and no list."""
-    if bits is None:
-        return {"p_list": None, "p_count": None, "NL": 0}
-    n_columns = triton.cdiv(longest, tile.columns)
-    found = bits.new_empty(len(pieces), n_columns)
-    counts = bits.new_empty(len(pieces))
-    words = max(tile.columns // 32, 32)
-    attention_tiles_kernel[(len(pieces),)](
-        bits, found, counts, boundaries, pieces, window, bits.shape[1], n_columns, BR=tile.rows, BC=tile.columns,
-        BW=words, STEP=min(tile.rows, 32), IS_QUERY=is_query, HAS_WINDOW=window > 0, num_warps=4,
-    )  # fmt: skip
-    return {"p_list": found, "p_count": counts, "NL": n_columns}
+class _Row:
+    """A packed row, and what a bitmask over it is made into.
+
+    Attributes:
+        bounds: document boundaries; and on the device, `boundaries`.
+        window: 0 is none, or none that hides anything.
+    """
+
+    def __init__(self, q: Tensor, bitmask: Tensor | None, cu_seqlens: Tensor, window: int | None) -> None:
+        self.bounds = numbers_of(cu_seqlens, q.shape[1])
+        self.boundaries = boundaries_on(self.bounds, q.device)
+        self._longest = max(end - start for start, end in itertools.pairwise(self.bounds))
+        self.window = 0 if window is None or window >= self._longest else window
+        if bitmask is not None:
+            _check_words(bitmask, self.bounds)
+
+    def tile_lists(self, bits: Tensor | None, pieces: Tensor, tile: Tile, *, is_query: bool) -> dict[str, Any]:
+        """For each piece of rows the column tiles that hold a bit; without bits bounds are arithmetic, and no list."""
+        if bits is None:
+            return {"p_list": None, "p_count": None, "NL": 0}
+        n_columns = triton.cdiv(self._longest, tile.columns)
+        found = bits.new_empty(len(pieces), n_columns)
+        counts = bits.new_empty(len(pieces))
+        words = max(tile.columns // 32, 32)
+        attention_tiles_kernel[(len(pieces),)](
+            bits, found, counts, self.boundaries, pieces, self.window, bits.shape[1], n_columns, BR=tile.rows,
+            BC=tile.columns, BW=words, STEP=min(tile.rows, 32), IS_QUERY=is_query, HAS_WINDOW=self.window > 0,
+            num_warps=4,
+        )  # fmt: skip
+        return {"p_list": found, "p_count": counts, "NL": n_columns}
+
+    def transposed(self, bitmask: Tensor | None) -> Tensor | None:
+        """Bits of queries for each key."""
+        if bitmask is None:
+            return None
+        transposed = torch.empty_like(bitmask)
+        pieces = pieces_on(self.bounds, 32 * _TRANSPOSED_WORDS, bitmask.device)
+        n_blocks = triton.cdiv(self._longest, 32 * _TRANSPOSED_WORDS)
+        attention_transpose_kernel[(len(pieces), n_blocks)](
+            bitmask, transposed, self.boundaries, pieces, self.window, bitmask.shape[1],
+            BW=_TRANSPOSED_WORDS, HAS_WINDOW=self.window > 0, num_warps=4,
+        )  # fmt: skip
+        return transposed
 
 
-def _transposed(bitmask: Tensor | None, boundaries: Tensor, pieces: Tensor, longest: int, window: int) -> Tensor | None:
-    if bitmask is None:
-        return None
-    transposed = torch.empty_like(bitmask)
-    n_blocks = triton.cdiv(longest, 32 * _TRANSPOSED_WORDS)
-    attention_transpose_kernel[(len(pieces), n_blocks)](
-        bitmask, transposed, boundaries, pieces, window, bitmask.shape[1],
-        BW=_TRANSPOSED_WORDS, HAS_WINDOW=window > 0, num_warps=4,
-    )  # fmt: skip
-    return transposed
+def _check_words(bitmask: Tensor, bounds: Sequence[int]) -> None:
+    n_words = -(-max(end - start for start, end in itertools.pairwise(bounds)) // 32)
+    want = (bounds[-1], n_words)
+    if bitmask.shape != want or bitmask.dtype != torch.int32 or not bitmask.is_contiguous():
+        raise ValueError(
+            f"bitmask {tuple(bitmask.shape)} {bitmask.dtype} must be contiguous "
+            f"[T, longest document / 32] = {want} of torch.int32"
+        )

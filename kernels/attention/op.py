@@ -8,7 +8,15 @@ from torch import Tensor, cat
 from torch.nn import functional as F
 
 from loopline.kernels.attention import reference
-from loopline.kernels.backends import check_boundaries, check_heads, cu_seqlens_on, imported, unknown
+from loopline.kernels.backends import (
+    Boundaries,
+    check_boundaries,
+    check_heads,
+    cu_seqlens_on,
+    imported,
+    listed,
+    unknown,
+)
 
 BACKENDS = ("sdpa", "fla", "triton", "flex", "reference")  # preferred first
 
@@ -17,14 +25,15 @@ _MIN_QUERIES = 128
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], *, window: int | None = None, backend: str = "sdpa"
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Boundaries, *, window: int | None = None, backend: str = "sdpa"
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, causal, inside each document; under a window each query sees its last `window` keys.
 
     Args:
         q: [1, T, H, D].
         k, v: [1, T, G, D], G divides H (grouped queries).
-        cu_seqlens: N + 1 document boundaries on the host, from 0 to T.
+        cu_seqlens: N + 1 document boundaries on the host, from 0 to T. A tensor makes one graph of torch.compile serve
+            rows with any boundaries, with "triton".
         window: keys t - window < s <= t are seen by query t, itself included; None means the whole document.
         backend: one of BACKENDS; resolve "auto" once with `kernels.backends.check_backend`.
     Returns:
@@ -36,6 +45,11 @@ def packed_attention(
     Longformer, arXiv:2004.05150.
     """
     _check(q, k, v, cu_seqlens, window)
+    if backend == "triton":
+        from loopline.kernels.attention.launch import flash_attention
+
+        return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window)[0]
+    cu_seqlens = listed(cu_seqlens)
     if backend == "sdpa":
         lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
         if window is None or window >= max(lengths):
@@ -43,10 +57,6 @@ def packed_attention(
         return _windowed(q, k, v, lengths, window)
     if backend == "fla":
         return _fla(q, k, v, cu_seqlens, window)
-    if backend == "triton":
-        from loopline.kernels.attention.launch import flash_attention
-
-        return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window)[0]
     if backend == "flex":
         from loopline.kernels.attention.flex_backend import flex
 
@@ -56,7 +66,7 @@ def packed_attention(
     raise unknown("packed_attention", backend, BACKENDS)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Boundaries, window: int | None) -> None:
     check_heads(q, k, v)
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have as many tokens")

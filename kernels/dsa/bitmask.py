@@ -1,6 +1,7 @@
 """A selection as bits: what the Triton kernels read, an eighth of a byte for a query and a key."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ class Bitmask:
         """Keys of each query: [T], int32."""
         return population(self.words)
 
-    def check(self, cu_seqlens: list[int]) -> None:
+    def check(self, cu_seqlens: Sequence[int]) -> None:
         """Refuse a bitmask of another row.
 
         Raises:
@@ -87,9 +88,14 @@ class Bitmask:
             )
 
 
-def n_words(cu_seqlens: list[int]) -> int:
+def longest(cu_seqlens: Sequence[int]) -> int:
+    """Tokens of the longest document."""
+    return max(end - start for start, end in itertools.pairwise(cu_seqlens))
+
+
+def n_words(cu_seqlens: Sequence[int]) -> int:
     """W: words of 32 keys that the longest document takes."""
-    return -(-max(end - start for start, end in itertools.pairwise(cu_seqlens)) // 32)
+    return -(-longest(cu_seqlens) // 32)
 
 
 def document_starts(cu_seqlens: list[int], device: torch.device) -> Tensor:
@@ -110,11 +116,23 @@ def gathered(chosen: Tensor) -> Tensor:
     return (chosen.unflatten(-1, (-1, 32)).to(torch.int32) << bits).sum(-1, dtype=torch.int32)
 
 
+@torch.library.custom_op("loopline::bit_population", mutates_args=())
 def population(words: Tensor, other: Tensor | None = None) -> Tensor:
-    """Bits set in each row of words, or in both of two: [T, W] -> [T], int32."""
+    """Bits set in each row of words, or in both of two: [T, W] -> [T], int32. An op, for graphs do not know W.
+
+    Raises:
+        ValueError: the two are of different rows.
+    """
+    if other is not None and words.shape != other.shape:
+        raise ValueError(f"bitmasks are {tuple(words.shape)} and {tuple(other.shape)}; they must be of one row")
     step = max(1, _BLOCK_WORDS // words.shape[1])
     blocks = (slice(i, i + step) for i in range(0, words.shape[0], step))
     return torch.cat([_population(words[rows] if other is None else words[rows] & other[rows]) for rows in blocks])
+
+
+@population.register_fake
+def _(words: Tensor, other: Tensor | None = None) -> Tensor:
+    return words.new_empty(words.shape[0])
 
 
 def _population(words: Tensor) -> Tensor:

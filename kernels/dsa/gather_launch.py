@@ -21,7 +21,7 @@ from loopline.kernels.dsa.gather_tiles import (
     power_of_two,
     sum_tiles,
 )
-from loopline.kernels.tables import boundaries_on, pieces_on
+from loopline.kernels.tables import boundaries_on, numbers_of, on_host, pieces, pieces_on
 
 WORKSPACE_BYTES = 2**30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,8 +65,7 @@ def gather_attention(
     """
     _check_attention(q, k, v, tile)
     check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
-    tiles = pieces_on(tuple(cu_seqlens), tile, q.device)
-    _check_lists(q, lists, tiles)
+    _check_lists(q, lists, len(pieces(tuple(cu_seqlens), tile)))
     needed = _unit_bytes(lists, k, v)
     if workspace_bytes < needed:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; one tile of one key head needs {needed}")
@@ -75,8 +74,7 @@ def gather_attention(
         k.contiguous(),
         v.contiguous(),
         lists.contiguous(),
-        tiles,
-        boundaries_on(tuple(cu_seqlens), q.device),
+        on_host(cu_seqlens),
         tile,
         q.shape[3] ** -0.5 if scale is None else scale,
         workspace_bytes,
@@ -90,14 +88,15 @@ def _forward(
     k: Tensor,
     v: Tensor,
     lists: Tensor,
-    tiles: Tensor,
-    boundaries: Tensor,
+    cu_seqlens: Tensor,
     tile: int,
     scale: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     sizes = _Sizes.of(q, k, v, tile)
     blocks = forward_tiles(tile, sizes.n_rows, max(sizes.BD, sizes.BV), q.dtype != torch.float32, _capability(q))
+    bounds = numbers_of(cu_seqlens, q.shape[1])
+    tiles, boundaries = pieces_on(bounds, tile, q.device), boundaries_on(bounds, q.device)
     lists, counts = _listed(lists, tiles, boundaries, tile)
     o = q.new_empty(1, q.shape[1], q.shape[2], v.shape[3])
     lse = q.new_empty(q.shape[2], q.shape[1], dtype=torch.float32)
@@ -127,8 +126,7 @@ def _(
     k: Tensor,
     v: Tensor,
     lists: Tensor,
-    tiles: Tensor,
-    boundaries: Tensor,
+    cu_seqlens: Tensor,
     tile: int,
     scale: float,
     workspace_bytes: int,
@@ -148,14 +146,15 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     lists: Tensor,
-    tiles: Tensor,
-    boundaries: Tensor,
+    cu_seqlens: Tensor,
     tile: int,
     scale: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _Sizes.of(q, k, v, tile)
     blocks = backward_tiles(tile, sizes.n_rows, max(sizes.BD, sizes.BV), q.dtype != torch.float32, _capability(q))
+    bounds = numbers_of(cu_seqlens, q.shape[1])
+    tiles, boundaries = pieces_on(bounds, tile, q.device), boundaries_on(bounds, q.device)
     lists, counts = _listed(lists, tiles, boundaries, tile)
     (n_tokens, n_heads), n_slots = k.shape[1:3], lists.shape[1]
     dq = torch.empty_like(q)
@@ -215,8 +214,7 @@ def _(
     o: Tensor,
     lse: Tensor,
     lists: Tensor,
-    tiles: Tensor,
-    boundaries: Tensor,
+    cu_seqlens: Tensor,
     tile: int,
     scale: float,
     workspace_bytes: int,
@@ -225,14 +223,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lists, tiles, boundaries, ctx.tile, ctx.scale, ctx.workspace_bytes = inputs
-    ctx.save_for_backward(q, k, v, *output, lists, tiles, boundaries)
+    q, k, v, lists, cu_seqlens, ctx.tile, ctx.scale, ctx.workspace_bytes = inputs
+    ctx.save_for_backward(q, k, v, *output, lists, cu_seqlens)
 
 
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     constants = (ctx.tile, ctx.scale, ctx.workspace_bytes)
     gradients = _backward(do.contiguous(), dlse.contiguous(), *ctx.saved_tensors, *constants)
-    return *gradients, None, None, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd("loopline::gather_attention_fwd", _gradients, setup_context=_setup_context)
@@ -362,9 +360,9 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, tile: int) -> None:
         )
 
 
-def _check_lists(q: Tensor, lists: Tensor, tiles: Tensor) -> None:
-    if lists.dim() != 2 or lists.shape[0] != tiles.shape[0] or lists.shape[1] < 1:
-        raise ValueError(f"lists {tuple(lists.shape)} must be [NT, K], K >= 1, NT = {tiles.shape[0]} tiles of the row")
+def _check_lists(q: Tensor, lists: Tensor, n_tiles: int) -> None:
+    if lists.dim() != 2 or lists.shape[0] != n_tiles or lists.shape[1] < 1:
+        raise ValueError(f"lists {tuple(lists.shape)} must be [NT, K], K >= 1, NT = {n_tiles} tiles of the row")
     if lists.dtype != torch.int32 or lists.device != q.device:
         raise ValueError(f"lists are {lists.dtype} on {lists.device}; want torch.int32 on {q.device}")
     if lists.numel() > torch.iinfo(torch.int32).max:

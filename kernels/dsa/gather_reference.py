@@ -1,6 +1,7 @@
 """One list of keys for a tile of neighbouring queries: which keys, and attention over them by dense masks.
 
-`tile_lists` is by blocks and for use; `gather_attention` is T x T, the judge of gather_launch.py.
+`tile_lists` is by blocks and for use, here or on the kernels of tile_launch.py; `gather_attention` is T x T, the judge
+of gather_launch.py.
 """
 
 import itertools
@@ -9,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries
-from loopline.kernels.dsa.op import highest, index_scores
+from loopline.kernels.backends import check_boundaries, unknown
+from loopline.kernels.dsa.op import BACKENDS, highest, index_scores
 from loopline.kernels.precision import wide
 from loopline.kernels.tables import pieces_on
 
@@ -28,6 +29,7 @@ def tile_lists(
     cu_seqlens: list[int],
     scored_by: str,
     block_size: int = 128,
+    backend: str = "reference",
 ) -> Tensor:
     """For each tile of queries the `top_k` keys before it, in its document, with the highest scores.
 
@@ -43,16 +45,26 @@ def tile_lists(
         scored_by: "past": the last `tile` queries up to the tile's first token, so that no list depends on a token
             after the query it serves, and decoding finds the same lists. "own": the tile's own queries; each
             then sees keys picked by later ones, which a causal model must not be trained with.
-        block_size: queries scored at once; memory is max(block_size, tile) * HI * T.
+        block_size: queries scored at once by the reference; memory is max(block_size, tile) * HI * T.
+        backend: "triton" or "reference".
     Returns:
         [NT, K], int32, K = min(top_k, longest document): positions in the row, rising, then -1 in the empty slots; the
         tiles of all documents in order. No gradient.
     Raises:
-        ValueError: shapes disagree, bad cu_seqlens, unknown scored_by, top_k, tile or block_size below 1.
+        ValueError: shapes disagree, bad cu_seqlens, unknown scored_by, top_k, tile or block_size below 1, or what no
+            kernel serves.
+        BackendError: unknown backend.
     Reference: scores: DeepSeek-V3.2, arXiv:2512.02556, eq. 1.
     """
     _check_lists(q_index, k_index, weights, top_k, tile, block_size, scored_by)
     check_boundaries(cu_seqlens, q_index.shape[0], q_index.shape[1])
+    if backend not in BACKENDS:
+        raise unknown("dsa", backend, BACKENDS)
+    if backend == "triton":
+        from loopline.kernels.dsa.tile_launch import tile_lists_by_kernels
+
+        index, is_past = (q_index, k_index, weights), scored_by == "past"
+        return tile_lists_by_kernels(*index, top_k=top_k, tile=tile, cu_seqlens=cu_seqlens, is_past=is_past)
     n_slots = min(top_k, max(end - start for start, end in itertools.pairwise(cu_seqlens)))
     lists = []
     for start, end in itertools.pairwise(cu_seqlens):

@@ -1,27 +1,26 @@
 """The indexer on Triton: its choice of keys and its loss, every launch, as custom ops without a graph."""
 
-import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from loopline.kernels.backends import Boundaries, known
 from loopline.kernels.devices import on_its_device
-from loopline.kernels.dsa.bitmask import Bitmask
+from loopline.kernels.dsa.bitmask import Bitmask, longest, n_words
 from loopline.kernels.dsa.blocks import ROW_TILE
 from loopline.kernels.dsa.index_kernels import index_lse_kernel, index_scores_kernel, index_select_kernel
 from loopline.kernels.dsa.loss_kernels import index_loss_dk_kernel, index_loss_dq_kernel, index_loss_kernel
 from loopline.kernels.dsa.tiles import IndexTiles, Tile, index_tiles
-from loopline.kernels.tables import boundaries_on, first_pieces_on, pieces_on
+from loopline.kernels.dsa.workspace import Chunk, chunks, most_tiles, stored_queries, stored_queries_on
+from loopline.kernels.tables import boundaries_on, first_pieces_on, numbers_of, on_host, pieces_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_INDEX_HEAD, LARGEST_HEAD = 128, 256
 
 # Scores held at once. Choosing reads them often, so that they should stay in the second level cache (50 MB on an H200).
 SELECT_BYTES, LOSS_BYTES = 2**25, 2**27
-_MIN_PIECES = 8  # at least so many, however long documents are: 512 rows to share among a GPU's processors
 _HEADS_TOGETHER = 4  # index heads that one program of the gradient of index queries has
 
 
@@ -31,7 +30,7 @@ def select_bits(
     weights: Tensor,
     *,
     top_k: int,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     workspace_bytes: int = SELECT_BYTES,
     tiles: IndexTiles | None = None,
 ) -> Bitmask:
@@ -48,14 +47,10 @@ def select_bits(
     Raises:
         ValueError: dtypes, devices or sizes that no kernel serves.
     """
-    _check_index(q_index, k_index, weights)
-    row = _Row(cu_seqlens, q_index.device)
-    tiles = tiles or index_tiles(q_index.shape[3], q_index.element_size(), row.longest)
+    check_index(q_index, k_index, weights)
     index = (x.contiguous() for x in (q_index, k_index, weights))
-    words = sparse_index_select(
-        *index, row.boundaries, row.pieces, min(top_k, row.longest), row.longest, workspace_bytes, tiles.numbers()
-    )
-    return Bitmask(words)
+    numbers = None if tiles is None else tiles.numbers()
+    return Bitmask(sparse_index_select(*index, on_host(cu_seqlens), top_k, workspace_bytes, numbers))
 
 
 class LossSums(NamedTuple):
@@ -76,7 +71,7 @@ def loss_sums(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     scale: float,
     row_stride: int = 1,
     row_offset: int = 0,
@@ -95,39 +90,23 @@ def loss_sums(
     Raises:
         ValueError: dtypes, devices or sizes that no kernel serves.
     """
-    _check_index(q_index, k_index, weights)
+    check_index(q_index, k_index, weights)
     _check_attention(q, k, lse, q_index.device)
-    if selection is not None:
-        selection.check(cu_seqlens)
-    row = _Row(cu_seqlens, q.device)
-    tiles = tiles or index_tiles(q_index.shape[3], max(q.element_size(), q_index.element_size()), row.longest)
+    bounds = known(cu_seqlens)
+    if selection is not None and bounds is not None:
+        selection.check(bounds)
     sums = sparse_index_loss(
         *(x.contiguous() for x in (q, k, lse)),
         None if selection is None else selection.words.contiguous(),
         *(x.contiguous() for x in (q_index, k_index, weights)),
-        row.boundaries,
-        row.pieces,
-        row.first_pieces,
-        pieces_on(row.bounds, tiles.dk.rows, q.device),
-        row.longest,
+        on_host(cu_seqlens),
         scale,
         row_stride,
         row_offset,
         workspace_bytes,
-        tiles.numbers(),
+        None if tiles is None else tiles.numbers(),
     )
     return LossSums(*sums)
-
-
-class _Row:
-    """A packed row as the kernels want it."""
-
-    def __init__(self, cu_seqlens: list[int], device: torch.device) -> None:
-        self.bounds = tuple(cu_seqlens)
-        self.longest = max(end - start for start, end in itertools.pairwise(cu_seqlens))
-        self.boundaries = boundaries_on(self.bounds, device)
-        self.pieces = pieces_on(self.bounds, ROW_TILE, device)
-        self.first_pieces = first_pieces_on(self.bounds, ROW_TILE, device)
 
 
 @torch.library.custom_op("loopline::sparse_index_select", mutates_args=())
@@ -136,32 +115,30 @@ def sparse_index_select(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
-    boundaries: Tensor,
-    pieces: Tensor,
+    cu_seqlens: Tensor,
     top_k: int,
-    longest: int,
     workspace_bytes: int,
-    tiles: list[int],
+    tiles: list[int] | None,
 ) -> Tensor:
-    """Words of the bitmask, [T, W]."""
-    tile = IndexTiles.of_numbers(tiles)
-    words = pieces.new_zeros(q_index.shape[1], triton.cdiv(longest, 32))
-    scores = _Scores(q_index, k_index, weights, boundaries, pieces, longest, tile.scores, torch.int32)
-    for chunk in scores.chunks(len(pieces), workspace_bytes, 1, 0):
+    """Words of the bitmask, [T, W]; `tiles` None are those of `index_tiles`."""
+    bounds = numbers_of(cu_seqlens, q_index.shape[1])
+    tile = chosen_tiles(tiles, q_index, q_index.element_size(), bounds)
+    words = q_index.new_zeros(q_index.shape[1], n_words(bounds), dtype=torch.int32)
+    scores = _Scores(q_index, k_index, weights, bounds, tile.scores, torch.int32, workspace_bytes)
+    top_k = min(top_k, longest(bounds))
+    for chunk in scores.chunks:
         scores.fill(chunk)
         index_select_kernel[(chunk.n_pieces * ROW_TILE // tile.choose.rows,)](
-            scores.workspace, words, boundaries, pieces, *chunk.at, scores.width, words.shape[1], top_k,
-            BM=ROW_TILE, BR=tile.choose.rows, BS=tile.choose.columns, **_options(tile.choose),
+            scores.workspace, words, *scores.tables, chunk.first, words.shape[1], top_k,
+            BM=ROW_TILE, SW=tile.scores.columns, BR=tile.choose.rows, BS=tile.choose.columns, **options(tile.choose),
         )  # fmt: skip
     return words
 
 
 @sparse_index_select.register_fake
-def _(
-    q_index: Tensor, k_index: Tensor, weights: Tensor, boundaries: Tensor, pieces: Tensor, top_k: int, longest: int,
-    workspace_bytes: int, tiles: list[int],
-) -> Tensor:  # fmt: skip
-    return pieces.new_empty(q_index.shape[1], -(-longest // 32))
+def _(q_index: Tensor, *_: Any) -> Tensor:
+    n_words_of_row = torch.library.get_ctx().new_dynamic_size(min=1)
+    return q_index.new_empty(q_index.shape[1], n_words_of_row, dtype=torch.int32)
 
 
 @torch.library.custom_op("loopline::sparse_index_loss", mutates_args=())
@@ -174,59 +151,55 @@ def sparse_index_loss(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
-    boundaries: Tensor,
-    pieces: Tensor,
-    first_pieces: Tensor,
-    key_pieces: Tensor,
-    longest: int,
+    cu_seqlens: Tensor,
     scale: float,
     row_stride: int,
     row_offset: int,
     workspace_bytes: int,
-    tiles: list[int],
+    tiles: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `LossSums` holds."""
-    tile = IndexTiles.of_numbers(tiles)
+    """What `LossSums` holds; `tiles` None are those of `index_tiles`."""
+    bounds = numbers_of(cu_seqlens, q.shape[1])
+    if words is not None:
+        Bitmask(words).check(bounds)
+    tile = chosen_tiles(tiles, q_index, max(q.element_size(), q_index.element_size()), bounds)
     n_tokens, n_index_heads, d_index = q_index.shape[1:]
     n_heads, d_head = q.shape[2:]
-    n_pieces = max(0, triton.cdiv(len(pieces) - row_offset, row_stride))
     dq, dk, dw = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q_index, k_index, weights))
     index_lse = lse.new_empty(n_tokens)
-    scores = _Scores(q_index, k_index, weights, boundaries, pieces, longest, tile.scores, torch.float32)
-    n_columns = triton.cdiv(longest, tile.loss.columns)
-    losses = lse.new_zeros(max(1, n_pieces), n_columns)
+    index = (q_index, k_index, weights)
+    scores = _Scores(
+        *index, bounds, tile.scores, torch.float32, workspace_bytes, row_stride=row_stride, row_offset=row_offset
+    )
+    parts = tile.scores.columns // tile.loss.columns
+    losses = lse.new_zeros(max(1, scores.n_tiles * parts))
+    key_pieces = pieces_on(bounds, tile.dk.rows, q.device)
+    first_pieces = first_pieces_on(bounds, ROW_TILE, q.device)
     width = 0 if words is None else words.shape[1]
     together = min(triton.next_power_of_2(n_index_heads), _HEADS_TOGETHER)
     dq_rows = min(tile.dq.rows, ROW_TILE * together)
-    sizes = {
-        "HI": n_index_heads,
-        "DI": d_index,
-        "BM": ROW_TILE,
-        "BD": _padded(d_index),
-        "PRECISION": _precision(q_index),
-    }
-    for chunk in scores.chunks(n_pieces, workspace_bytes, row_stride, row_offset):
+    rows = {"BM": ROW_TILE, "SW": tile.scores.columns}
+    sizes = {"HI": n_index_heads, "DI": d_index, "BD": padded(d_index), "PRECISION": precision(q_index)}
+    for chunk in scores.chunks:
         scores.fill(chunk)
-        index_lse_kernel[(chunk.n_pieces * ROW_TILE // tile.choose.rows,)](
-            scores.workspace, words, index_lse, boundaries, pieces, *chunk.at, scores.width, width,
-            BM=ROW_TILE, BR=tile.choose.rows, BS=tile.choose.columns, HAS_BITS=words is not None,
-            **_options(tile.choose),
+        index_lse_kernel[(chunk.n_pieces * ROW_TILE // tile.lse.rows,)](
+            scores.workspace, words, index_lse, *scores.tables, chunk.first, width,
+            **rows, BR=tile.lse.rows, BS=tile.lse.columns, HAS_BITS=words is not None, **options(tile.lse),
         )  # fmt: skip
-        index_loss_kernel[(chunk.n_pieces, n_columns)](
-            q, k, lse, index_lse, words, scores.workspace, losses, boundaries, pieces, scale, *chunk.at, scores.width,
-            width, n_tokens, n_columns, H=n_heads, HG=n_heads // k.shape[2], D=d_head, BM=ROW_TILE,
-            BN=tile.loss.columns, BD=_padded(d_head), HAS_BITS=words is not None, PRECISION=_precision(q),
-            **_options(tile.loss),
+        index_loss_kernel[(chunk.n_pieces, chunk.widest * parts)](
+            q, k, lse, index_lse, words, scores.workspace, losses, *scores.tables, scale, chunk.first, width, n_tokens,
+            **rows, H=n_heads, HG=n_heads // k.shape[2], D=d_head, BN=tile.loss.columns, BD=padded(d_head),
+            HAS_BITS=words is not None, PRECISION=precision(q), **options(tile.loss),
         )  # fmt: skip
         n_programs = chunk.n_pieces * ROW_TILE * together // dq_rows
         index_loss_dq_kernel[(n_programs, triton.cdiv(n_index_heads, together))](
-            q_index, k_index, weights, scores.workspace, dq, dw, boundaries, pieces, *chunk.at, scores.width,
-            **sizes, HG=together, BR=dq_rows, BN=tile.dq.columns, **_options(tile.dq),
+            *index, scores.workspace, dq, dw, *scores.tables, chunk.first,
+            **rows, **sizes, HG=together, BR=dq_rows, BN=tile.dq.columns, **options(tile.dq),
         )  # fmt: skip
         index_loss_dk_kernel[(len(key_pieces),)](
-            q_index, k_index, weights, scores.workspace, dk, boundaries, key_pieces, first_pieces,
-            chunk.first, chunk.first + chunk.n_pieces, row_stride, row_offset, scores.width,
-            **sizes, BK=tile.dk.rows, **_options(tile.dk),
+            *index, scores.workspace, dk, scores.tables[0], key_pieces, first_pieces, scores.tables[1],
+            chunk.first, chunk.first + chunk.n_pieces, row_stride, row_offset,
+            **rows, **sizes, BK=tile.dk.rows, **options(tile.dk),
         )  # fmt: skip
     return losses.sum(), dq, dk, dw
 
@@ -238,70 +211,71 @@ def _(q: Tensor, k: Tensor, lse: Tensor, words: Tensor | None, q_index: Tensor, 
     return lse.new_empty(()), dq, dk, dw
 
 
-class _Chunk(NamedTuple):
-    """Pieces of queries whose scores are held at once, `first` counted among those that enter."""
-
-    first: int
-    n_pieces: int
-    row_stride: int
-    row_offset: int
-
-    @property
-    def at(self) -> tuple[int, int, int]:
-        return self.first, self.row_stride, self.row_offset
-
-
 class _Scores:
-    """The workspace of scores, [rows, width], and what fills it."""
+    """The workspace of scores, and what fills it: all pieces, as many at a time as `workspace_bytes` hold."""
 
     def __init__(
         self,
         q_index: Tensor,
         k_index: Tensor,
         weights: Tensor,
-        boundaries: Tensor,
-        pieces: Tensor,
-        longest: int,
+        bounds: tuple[int, ...],
         tile: Tile,
         dtype: torch.dtype,
+        workspace_bytes: int,
+        *,
+        row_stride: int = 1,
+        row_offset: int = 0,
     ) -> None:
+        where = (bounds, tile.columns, row_stride, row_offset)
+        stored = stored_queries(*where)
         self._inputs = (q_index, k_index, weights)
-        self._tables = (boundaries, pieces)
         self._tile = tile
-        self.dtype = dtype
-        self.width = triton.cdiv(longest, tile.columns) * tile.columns
+        self._is_ordered = dtype == torch.int32
+        self.n_tiles = stored[-1][2]  # of all pieces
+        self.tables = (boundaries_on(where[0], q_index.device), stored_queries_on(*where, q_index.device))
+        tile_size = ROW_TILE * tile.columns
+        self.chunks = chunks(stored, workspace_bytes // (4 * tile_size))
+        self.workspace = q_index.new_empty(most_tiles(self.chunks) * tile_size, dtype=dtype)
 
-    def chunks(self, n_pieces: int, workspace_bytes: int, row_stride: int, row_offset: int) -> Iterator[_Chunk]:
-        """All pieces, as many at a time as the workspace takes."""
-        together = min(n_pieces, max(workspace_bytes // (4 * self.width * ROW_TILE), _MIN_PIECES))
-        self.workspace = self._tables[1].new_empty(together * ROW_TILE, self.width, dtype=self.dtype)
-        for first in range(0, n_pieces, together or 1):
-            yield _Chunk(first, min(together, n_pieces - first), row_stride, row_offset)
-
-    def fill(self, chunk: _Chunk) -> None:
+    def fill(self, chunk: Chunk) -> None:
         """The scores of a chunk: as integers in their order for an int32 workspace."""
         n_heads, d_index = self._inputs[0].shape[2:]
-        index_scores_kernel[(chunk.n_pieces, self.width // self._tile.columns)](
-            *self._inputs, self.workspace, *self._tables, *chunk.at, self.width, HI=n_heads, DI=d_index,
-            BM=ROW_TILE, BN=self._tile.columns, BD=_padded(d_index), AS_ORDER=self.dtype == torch.int32,
-            PRECISION=_precision(self._inputs[0]), **_options(self._tile),
+        index_scores_kernel[(chunk.n_pieces, chunk.widest)](
+            *self._inputs, self.workspace, *self.tables, chunk.first, HI=n_heads, DI=d_index,
+            BM=ROW_TILE, BN=self._tile.columns, BD=padded(d_index), AS_ORDER=self._is_ordered,
+            PRECISION=precision(self._inputs[0]), **options(self._tile),
         )  # fmt: skip
 
 
-def _padded(size: int) -> int:
+def chosen_tiles(tiles: list[int] | None, q_index: Tensor, element_bytes: int, bounds: tuple[int, ...]) -> IndexTiles:
+    """Those a caller gave as numbers, or those of the table."""
+    if tiles is not None:
+        return IndexTiles.of_numbers(tiles)
+    return index_tiles(q_index.shape[3], element_bytes, longest(bounds))
+
+
+def padded(size: int) -> int:
+    """A head size as a product on tensor cores takes it."""
     return max(16, triton.next_power_of_2(size))
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """tf32 keeps three digits of an fp32 product."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def options(tile: Tile) -> dict[str, int]:
+    """Of Triton, for a launch."""
     return {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
+def check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
+    """Refuse what no kernel serves.
+
+    Raises:
+        ValueError: dtypes, devices or sizes, with what was found.
+    """
     types = f"q_index {q_index.dtype}, k_index {k_index.dtype}, weights {weights.dtype}"
     if q_index.dtype not in DTYPES or k_index.dtype != q_index.dtype:
         raise ValueError(f"{types}: queries and keys must be alike, one of {', '.join(map(str, DTYPES))}")

@@ -7,12 +7,12 @@ this rank's H heads, so that ranks add up and one division by all heads ends it.
 import triton
 import triton.language as tl
 
-from loopline.kernels.dsa.index_kernels import load_rows, piece_of, seen
+from loopline.kernels.dsa.index_kernels import load_rows, piece_of, seen, stored_piece
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["first", "row_stride", "row_offset", "W", "T", "NT"])
+@triton.jit(do_not_specialize=["first", "W", "T"])
 def index_loss_kernel(
     p_q,
     p_k,
@@ -22,30 +22,28 @@ def index_loss_kernel(
     p_scores,
     p_losses,
     p_boundaries,
-    p_pieces,
+    p_stored,
     scale,
     first,
-    row_stride,
-    row_offset,
-    LS,
     W,
     T,
-    NT,
     H: tl.constexpr,
     HG: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
+    SW: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     HAS_BITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """H times the loss of BM queries over BN keys, and its gradient in their scores."""
-    i_q, i_n = tl.program_id(0), tl.program_id(1)
-    start, L, o_m = piece_of(p_boundaries, p_pieces, row_offset + (first + i_q) * row_stride, BM)
-    o_n = i_n * BN
+    i_piece, i_n = first + tl.program_id(0), tl.program_id(1)
+    start, L, i_m, p_rows, LS = stored_piece(p_boundaries, p_stored, p_scores, first, i_piece, BM, SW)
+    o_m, o_n = i_m * BM, i_n * BN
     if o_n < tl.minimum(o_m + BM, L):
-        o_t, o_s = o_m + tl.arange(0, BM), o_n + tl.arange(0, BN)
+        o_r, o_s = tl.arange(0, BM), o_n + tl.arange(0, BN)
+        o_t = o_m + o_r
         b_index_lse = tl.load(p_index_lse + start + o_t, mask=o_t < L, other=float("-inf"))
         m_s = seen(p_bits, start, o_t, o_s, L, W, HAS_BITS) & (b_index_lse != float("-inf"))[:, None]
         b_p = tl.zeros([BM, BN], tl.float32)
@@ -59,17 +57,17 @@ def index_loss_kernel(
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
                     # A key outside the set may be above lse by any amount.
                     b_p += tl.exp2(tl.where(m_s, b_s - b_lse[:, None], 0.0))
-        o_row = i_q.to(tl.int64) * BM + tl.arange(0, BM)
-        p_x = p_scores + o_row[:, None] * LS + o_s[None, :]
+        p_x = p_rows + o_r.to(tl.int64)[:, None] * LS + o_s[None, :]
         b_log = tl.where(m_s, tl.load(p_x) - b_index_lse[:, None], 0.0)  # log pi
         m_p = m_s & (b_p != 0)
         b_loss = tl.where(m_p, b_p * (tl.log(tl.where(m_p, b_p, H) / H) - b_log), 0.0)
-        tl.store(p_losses + (first + i_q).to(tl.int64) * NT + i_n, tl.sum(tl.sum(b_loss, 1), 0))
+        p_loss = p_losses + tl.load(p_stored + i_piece * 3 + 2).to(tl.int64) * (SW // BN) + i_n
+        tl.store(p_loss, tl.sum(tl.sum(b_loss, 1), 0))
         b_di = tl.where(m_s, H * tl.exp(b_log) - b_p, 0.0)
         tl.store(p_x, b_di)
 
 
-@triton.jit(do_not_specialize=["first", "row_stride", "row_offset"])
+@triton.jit(do_not_specialize=["first"])
 def index_loss_dq_kernel(
     p_q,
     p_k,
@@ -78,15 +76,13 @@ def index_loss_dq_kernel(
     p_dq,
     p_dw,
     p_boundaries,
-    p_pieces,
+    p_stored,
     first,
-    row_stride,
-    row_offset,
-    LS,
     HI: tl.constexpr,
     DI: tl.constexpr,
     HG: tl.constexpr,
     BM: tl.constexpr,
+    SW: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -95,9 +91,9 @@ def index_loss_dq_kernel(
     """dq_index and dweights of BR rows: HG heads of BR / HG queries, so that they read a gradient of scores once."""
     NR: tl.constexpr = BM * HG // BR
     i_program = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries have most to do, and start first
-    i_q, i_r = i_program // NR, (i_program % NR) * (BR // HG)
-    start, L, o_m = piece_of(p_boundaries, p_pieces, row_offset + (first + i_q) * row_stride, BM)
-    o_first = o_m + i_r
+    i_piece, i_r = first + i_program // NR, (i_program % NR) * (BR // HG)
+    start, L, i_m, p_rows, LS = stored_piece(p_boundaries, p_stored, p_dscores, first, i_piece, BM, SW)
+    o_first = i_m * BM + i_r
     if o_first < L:
         o_r = tl.arange(0, BR)
         o_t, o_j = o_first + o_r // HG, tl.program_id(1) * HG + o_r % HG
@@ -108,7 +104,7 @@ def index_loss_dq_kernel(
         b_q = tl.load(p_q + o_qw[:, None] * DI + o_d[None, :], mask=m_q, other=0.0)
         b_dq = tl.zeros([BR, BD], tl.float32)
         b_dw = tl.zeros([BR], tl.float32)
-        p_row = p_dscores + (i_q.to(tl.int64) * BM + i_r + o_r // HG)[:, None] * LS
+        p_row = p_rows + (i_r + o_r // HG).to(tl.int64)[:, None] * LS
         for i_s in range(0, tl.minimum(o_first + BR // HG, L), BN):
             o_s = i_s + tl.arange(0, BN)
             b_k = load_rows(p_k, start, o_s, L, DI, DI, BD)
@@ -132,14 +128,15 @@ def index_loss_dk_kernel(
     p_boundaries,
     p_key_pieces,
     p_first_pieces,
+    p_stored,
     first,
     end,
     row_stride,
     row_offset,
-    LS,
     HI: tl.constexpr,
     DI: tl.constexpr,
     BM: tl.constexpr,
+    SW: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,21 +153,21 @@ def index_loss_dk_kernel(
     i_begin = (i_first + o_n // BM - row_offset + row_stride - 1) // row_stride
     i_end = (tl.load(p_first_pieces + i_d + 1) - row_offset + row_stride - 1) // row_stride
     i_begin, i_end = tl.maximum(i_begin, first), tl.minimum(i_end, end)
-    o_s = o_n + tl.arange(0, BK)
-    o_d = tl.arange(0, BD)
-    b_k = load_rows(p_k, start, o_s, L, DI, DI, BD)
-    b_dk = tl.zeros([BK, BD], tl.float32)
-    for i in range(i_begin, i_end):
-        o_t = (row_offset + i * row_stride - i_first) * BM + tl.arange(0, BM)
-        o_row = (i - first).to(tl.int64) * BM + tl.arange(0, BM)
-        b_di = tl.load(p_dscores + o_row[None, :] * LS + o_s[:, None])
-        for j in range(0, HI):
-            b_q = load_rows(p_q + j * DI, start, o_t, L, HI * DI, DI, BD)
-            b_w = tl.load(p_w + (start + o_t) * HI + j, mask=o_t < L, other=0.0).to(tl.float32)
-            b_r = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-            b_dr = tl.where(b_r > 0, b_di * b_w[None, :], 0.0).to(b_q.dtype)
-            b_dk = tl.dot(b_dr, b_q, b_dk, input_precision=PRECISION)
     if i_begin < i_end:
+        o_s, o_r = o_n + tl.arange(0, BK), tl.arange(0, BM)
+        o_d = tl.arange(0, BD)
+        b_k = load_rows(p_k, start, o_s, L, DI, DI, BD)
+        b_dk = tl.zeros([BK, BD], tl.float32)
+        for i in range(i_begin, i_end):
+            _, _, i_m, p_rows, LS = stored_piece(p_boundaries, p_stored, p_dscores, first, i, BM, SW)
+            o_t = i_m * BM + o_r
+            b_di = tl.load(p_rows + o_r.to(tl.int64)[None, :] * LS + o_s[:, None])
+            for j in range(0, HI):
+                b_q = load_rows(p_q + j * DI, start, o_t, L, HI * DI, DI, BD)
+                b_w = tl.load(p_w + (start + o_t) * HI + j, mask=o_t < L, other=0.0).to(tl.float32)
+                b_r = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+                b_dr = tl.where(b_r > 0, b_di * b_w[None, :], 0.0).to(b_q.dtype)
+                b_dk = tl.dot(b_dr, b_q, b_dk, input_precision=PRECISION)
         p_out = p_dk + (start + o_s)[:, None] * DI + o_d[None, :]
         m_out = (o_s < L)[:, None] & (o_d < DI)[None, :]
         tl.store(p_out, tl.load(p_out, mask=m_out, other=0.0) + b_dk, mask=m_out)

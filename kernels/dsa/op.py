@@ -5,7 +5,6 @@ selection. Projections and rotary positions are the mixer's. What is written out
 blocks of queries; launch.py has the Triton kernels.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loopline.kernels.backends import check_boundaries, unknown
-from loopline.kernels.dsa.bitmask import Bitmask, n_words, population
+from loopline.kernels.backends import Boundaries, check_boundaries, known, listed, unknown
+from loopline.kernels.dsa.bitmask import Bitmask, longest, n_words, population
 from loopline.kernels.dsa.blocks import Block, Selection, blocks, sampled_blocks
 from loopline.kernels.precision import wide
 
@@ -63,7 +62,7 @@ def select(
     weights: Tensor,
     *,
     top_k: int,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     block_size: int = 128,
     backend: Literal["reference"] = "reference",
 ) -> Tensor: ...
@@ -76,7 +75,7 @@ def select(
     weights: Tensor,
     *,
     top_k: int,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     block_size: int = 128,
     backend: str,
 ) -> Selection: ...
@@ -89,7 +88,7 @@ def select(
     weights: Tensor,
     *,
     top_k: int,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     block_size: int = 128,
     backend: str = "reference",
 ) -> Selection:
@@ -122,7 +121,8 @@ def select(
         from loopline.kernels.dsa.launch import select_bits
 
         return select_bits(q_index, k_index, weights, top_k=top_k, cu_seqlens=cu_seqlens)
-    n_slots = min(top_k, max(end - start for start, end in itertools.pairwise(cu_seqlens)))
+    cu_seqlens = listed(cu_seqlens)
+    n_slots = min(top_k, longest(cu_seqlens))
     selection = torch.empty(q_index.shape[1], n_slots, dtype=torch.int32, device=q_index.device)
     for block in blocks(cu_seqlens, q_index.shape[1], block_size):
         scores = index_scores(q_index[0, block.queries], k_index[0, block.keys], weights[0, block.queries])
@@ -137,7 +137,7 @@ def sparse_attention(
     v: Tensor,
     selection: Selection | None,
     *,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     scale: float | None = None,
     block_size: int = 128,
     backend: str = "reference",
@@ -174,7 +174,7 @@ def sparse_attention_with_lse(
     v: Tensor,
     selection: Selection | None,
     *,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     scale: float | None = None,
     block_size: int = 128,
     backend: str = "reference",
@@ -201,7 +201,7 @@ def sparse_attention_with_lse(
     dtype, needs_grad = v.dtype, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     q, k, v = (wide(x[0]) for x in (q, k, v))  # once, so that gradients of k and v add up over blocks in fp32
     outputs = []  # a block is recomputed in the backward pass
-    for block in blocks(cu_seqlens, q.shape[0], block_size):
+    for block in blocks(listed(cu_seqlens), q.shape[0], block_size):
         inputs = (q[block.queries], k[block.keys], v[block.keys], selection, block, scale)
         if needs_grad:
             outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
@@ -219,7 +219,7 @@ def indexer_loss(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     scale: float | None = None,
     sum_heads: SumHeads | None = None,
     row_stride: int = 1,
@@ -294,7 +294,7 @@ def indexer_loss(
     q, k, q_index, k_index, weights = (wide(x[0]) for x in (q, k, q_index, k_index, weights))
     loss_sum = q_index.new_zeros(())
     dq_index, dk_index, dweights = (torch.zeros_like(x) for x in (q_index, k_index, weights))
-    for block in sampled_blocks(cu_seqlens, q.shape[0], block_size, row_stride, row_offset):
+    for block in sampled_blocks(listed(cu_seqlens), q.shape[0], block_size, row_stride, row_offset):
         rows, keys = block.queries, block.keys
         allowed = block.allowed(selection, q.device)
         target = _head_mass(q[rows], k[keys], allowed, scale, sum_heads)  # [BT, S]
@@ -318,7 +318,7 @@ def attention_recall(
     k: Tensor,
     selection: Selection,
     *,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     scale: float | None = None,
     sum_heads: SumHeads | None = None,
     block_size: int = 128,
@@ -341,7 +341,7 @@ def attention_recall(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     q, k = wide(q[0]), wide(k[0])
     selected_sum, best_sum = q.new_zeros(()), q.new_zeros(())
-    for block in blocks(cu_seqlens, q.shape[0], block_size):
+    for block in blocks(listed(cu_seqlens), q.shape[0], block_size):
         mass = _head_mass(q[block.queries], k[block.keys], block.causal(q.device), scale, sum_heads)
         selected_sum += mass.masked_fill(~block.allowed(selection, q.device), 0.0).sum()
         if isinstance(selection, Bitmask):
@@ -364,8 +364,6 @@ def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
         ValueError: different numbers of queries, or bits against lists.
     """
     if isinstance(a, Bitmask) and isinstance(b, Bitmask):
-        if a.words.shape != b.words.shape:
-            raise ValueError(f"bitmasks are {tuple(a.words.shape)} and {tuple(b.words.shape)}; they must be of one row")
         return (population(a.words, b.words) / a.counts()).sum(), a.words.shape[0]
     if isinstance(a, Bitmask) or isinstance(b, Bitmask):
         raise ValueError("one selection is a Bitmask and the other index lists: convert one, Bitmask.from_positions")
@@ -478,7 +476,7 @@ def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
 
 
 def _check_row(
-    q: Tensor, k: Tensor, cu_seqlens: list[int], block_size: int, selection: Selection | None = None
+    q: Tensor, k: Tensor, cu_seqlens: Boundaries, block_size: int, selection: Selection | None = None
 ) -> None:
     """`q` and `k`: whatever has a token axis second, queries and keys."""
     n_queries, n_keys = q.shape[1], k.shape[1]
@@ -490,8 +488,9 @@ def _check_row(
             f"{n_queries} queries against {n_keys} keys in {len(cu_seqlens) - 1} document(s): "
             "only a single document may have fewer queries, its last tokens"
         )
-    if isinstance(selection, Bitmask) and selection.words.shape[1] != n_words(cu_seqlens):
-        want = (n_queries, n_words(cu_seqlens))
+    bounds = known(cu_seqlens)
+    if isinstance(selection, Bitmask) and bounds is not None and selection.words.shape[1] != n_words(bounds):
+        want = (n_queries, n_words(bounds))
         raise ValueError(f"bitmask {tuple(selection.words.shape)} must be [T, ceil(longest document / 32)] = {want}")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")

@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass
 
 from loopline.kernels.dsa.blocks import ROW_TILE
 
-LONG = 16384  # tokens of a document from which few rows fit the workspace
+LONG = 16384  # tokens of a document from which its rows of scores do not stay in the first level cache
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class IndexTiles:
-    """Tiles of the five kernels. `choose` is also that of the log-sum-exps.
+    """Tiles of the six kernels.
 
-    Its columns divide those of `scores`; those of `dq` and the rows of `dk` divide the columns of `loss`, because tiles
-    of the workspace are written as a whole.
+    Tiles of the workspace are written and read as a whole: the columns of `loss` and `lse` divide those of `scores`,
+    those of `dq` and the rows of `dk` the columns of `loss`; those of `choose` those of `scores`, but where it has one
+    row: then it chooses by digits and masks what it reads.
     """
 
     scores: Tile
     choose: Tile
+    lse: Tile
     loss: Tile
     dq: Tile
     dk: Tile
@@ -46,6 +48,9 @@ class IndexTiles:
         return cls(*(Tile(*numbers[i : i + 4]) for i in range(0, len(numbers), 4)))
 
 
+BY_DIGITS = Tile(1, 2048, 4, 1)  # of a choice in rows that are read from the second level cache
+
+
 def index_tiles(d_index: int, element_bytes: int, longest: int) -> IndexTiles:
     """Tiles for index heads of `d_index`, at most 128, and attention heads of up to 256.
 
@@ -55,12 +60,14 @@ def index_tiles(d_index: int, element_bytes: int, longest: int) -> IndexTiles:
     """
     if element_bytes == 4:  # exact fp32 products run without tensor cores, and hold their operands in registers
         wide = Tile(ROW_TILE, 32, 8, 1)
-        return IndexTiles(wide, Tile(8, 32, 2, 1), wide, Tile(64, 32, 8, 1), Tile(32, ROW_TILE, 8, 1))
+        rows = Tile(8, 32, 2, 1)
+        return IndexTiles(wide, rows, rows, wide, Tile(64, 32, 8, 1), Tile(32, ROW_TILE, 8, 1))
     # A warp has a row of 128 columns, so that its counts need no other warp.
-    choose = Tile(4, 128, 4, 1) if longest < LONG else Tile(2, 128, 2, 1)
+    rows = Tile(4, 128, 4, 1)
     return IndexTiles(
         scores=Tile(ROW_TILE, 128, 4, 2),
-        choose=choose,
+        choose=rows if longest < LONG else BY_DIGITS,
+        lse=rows if longest < LONG else Tile(2, 128, 2, 1),
         loss=Tile(ROW_TILE, 128, 8, 2),
         dq=Tile(128, 64, 8, 2),
         dk=Tile(64, ROW_TILE, 4 if d_index <= 64 else 8, 2),

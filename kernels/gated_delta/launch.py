@@ -6,12 +6,14 @@ first scan finds the state each of them starts from. README.md has the equations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loopline.kernels.backends import Boundaries
 from loopline.kernels.devices import on_its_device
 from loopline.kernels.gated_delta.backward_kernels import gated_delta_bwd_gradients_kernel, gated_delta_bwd_scan_kernel
 from loopline.kernels.gated_delta.forward_kernels import (
@@ -21,7 +23,7 @@ from loopline.kernels.gated_delta.forward_kernels import (
     gated_delta_merge_kernel,
 )
 from loopline.kernels.gated_delta.tiles import tiles
-from loopline.kernels.tables import boundaries_on, first_pieces_on, pieces_on
+from loopline.kernels.tables import boundaries_on, first_pieces_on, numbers_of, on_host, pieces_on
 
 CHUNK = 64  # tokens
 GATES = 6
@@ -36,7 +38,7 @@ def gated_delta_triton(
     g: Tensor,
     beta: Tensor,
     scale: float,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     initial_state: Tensor | None = None,
     normalize: bool = False,
     output_final_state: bool = False,
@@ -50,41 +52,16 @@ def gated_delta_triton(
         ValueError: head sizes or dtypes the kernels have no tiles for.
     """
     _check(q, k, v, g, beta, initial_state)
-    if segment_chunks is None:
-        segment_chunks = _chunks_that_fill(q, v, cu_seqlens)
     o, final_state, _, _ = torch.ops.loopline.gated_delta_fwd(
-        *arguments(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, output_final_state, segment_chunks)
-    )
-    return o, final_state if output_final_state else None
-
-
-def arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: list[int],
-    scale: float,
-    normalize: bool,
-    output_final_state: bool,
-    segment_chunks: int,
-) -> tuple[Any, ...]:
-    """What the custom op takes: contiguous tensors, and the row's documents and segments as tables on its device."""
-    segments = cut(tuple(cu_seqlens), segment_chunks)
-    return (
         *(x.contiguous() for x in (q, k, v, g, beta)),
         None if initial_state is None else initial_state.contiguous(),
-        boundaries_on(segments.boundaries, q.device),
-        pieces_on(segments.boundaries, CHUNK, q.device),
-        first_pieces_on(segments.boundaries, CHUNK, q.device),
-        boundaries_on(segments.first, q.device),
+        on_host(cu_seqlens),
         scale,
         normalize,
-        segments.longest,
         output_final_state,
+        segment_chunks,
     )
+    return o, final_state if output_final_state else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +90,7 @@ def cut(cu_seqlens: tuple[int, ...], n_chunks: int) -> Segments:
     )
 
 
-def chunks_of_segment(cu_seqlens: list[int], n_programs: int, n_processors: int) -> int:
+def chunks_of_segment(cu_seqlens: Sequence[int], n_programs: int, n_processors: int) -> int:
     """Length of segments, in chunks, at which a scan takes least time on `n_processors`.
 
     A cut document is scanned twice, for the states its segments start from and for its outputs, so that segments pay
@@ -126,11 +103,6 @@ def chunks_of_segment(cu_seqlens: list[int], n_programs: int, n_processors: int)
     n_segments = n_processors // n_programs  # that run at once
     chunks = -(-sum(lengths) // max(1, n_segments))
     return chunks if max(lengths) >= 3 * chunks else max(lengths)
-
-
-def _chunks_that_fill(q: Tensor, v: Tensor, cu_seqlens: list[int]) -> int:
-    sizes = tiles(q.shape[3], v.shape[3], q.dtype)
-    return chunks_of_segment(cu_seqlens, v.shape[2] * (v.shape[3] // sizes.bv), _n_processors(q.device))
 
 
 @functools.cache
@@ -148,32 +120,41 @@ def _forward(
     g: Tensor,
     beta: Tensor,
     initial_state: Tensor | None,
-    boundaries: Tensor,
-    pieces: Tensor,
-    first_pieces: Tensor,
-    first_segments: Tensor,
+    cu_seqlens: Tensor,
     scale: float,
     normalize: bool,
-    longest: int,
     output_final_state: bool,
+    segment_chunks: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o; final_state, empty unless asked for; and for the backward pass, empty where no document is cut, the state
-    before each segment [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
-    row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
-    maps, before = g.new_empty(0), g.new_empty(0)  # fp32, as where they are filled
-    if longest > 1:
+    """o; final_state, empty unless asked for; and for the backward pass, without rows where no document is cut, the
+    state before each segment [NS, HV, K, V] and each segment's map of states [NS, HV, K, V + K]."""
+    row = _Row(q, k, v, g, beta, cu_seqlens, scale, normalize, segment_chunks)
+    before, maps = (g.new_empty(0, v.shape[2], k.shape[3], width) for width in (v.shape[3], v.shape[3] + k.shape[3]))
+    if row.longest > 1:
         maps, before = row.maps(), row.states(0.0)
         if initial_state is not None:
-            before[first_segments[:-1]] = initial_state
-        row.merge(maps, maps, before, longest, is_reverse=False)
+            before[row.first_segments[:-1]] = initial_state
+        row.merge(maps, maps, before, is_reverse=False)
         initial_state = before
     o, final = torch.empty_like(v), row.states() if output_final_state else None
     gated_delta_fwd_kernel[row.scan_grid](
-        q, k, v, beta, row.inverse, row.scores, row.gates, initial_state, o, final, boundaries, row.n_tokens, **row.scan
+        q,
+        k,
+        v,
+        beta,
+        row.inverse,
+        row.scores,
+        row.gates,
+        initial_state,
+        o,
+        final,
+        row.boundaries,
+        row.n_tokens,
+        **row.scan,
     )
     if final is None:
         return o, g.new_empty(0), before, maps
-    return o, final if longest == 1 else final[first_segments[1:] - 1], before, maps
+    return o, final if row.longest == 1 else final[row.first_segments[1:] - 1], before, maps
 
 
 @torch.library.custom_op("loopline::gated_delta_bwd", mutates_args=())
@@ -189,17 +170,14 @@ def _backward(
     initial_state: Tensor | None,
     before: Tensor,
     maps: Tensor,
-    boundaries: Tensor,
-    pieces: Tensor,
-    first_pieces: Tensor,
-    first_segments: Tensor,
+    cu_seqlens: Tensor,
     scale: float,
     normalize: bool,
-    longest: int,
+    segment_chunks: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dg, dbeta, and the gradient of the initial states, empty without them."""
-    row = _Row(q, k, v, g, beta, boundaries, pieces, first_pieces, first_segments, scale, normalize)
-    start = initial_state if longest == 1 else before
+    row = _Row(q, k, v, g, beta, cu_seqlens, scale, normalize, segment_chunks)
+    start = initial_state if row.longest == 1 else before
     states, new = row.chunk_states(start), torch.empty_like(v)
     gated_delta_fwd_states_kernel[row.scan_grid](
         k,
@@ -211,8 +189,8 @@ def _backward(
         states,
         new,
         None,
-        boundaries,
-        first_pieces,
+        row.boundaries,
+        row.first_pieces,
         row.n_tokens,
         **row.scan,
     )
@@ -229,27 +207,27 @@ def _backward(
             d_states,
             d_x,
             d_before,
-            boundaries,
-            first_pieces,
+            row.boundaries,
+            row.first_pieces,
             row.n_tokens,
             **row.scan,
         )
 
     d_after = d_final
-    if longest > 1:
+    if row.longest > 1:
         d_after = row.states(0.0)
         if d_final is not None:
-            d_after[first_segments[1:] - 1] = d_final
+            d_after[row.first_segments[1:] - 1] = d_final
         d_added = row.states()
         scan(None, None, None, d_added)
-        row.merge(maps, d_added, d_after, longest, is_reverse=True)
+        row.merge(maps, d_added, d_after, is_reverse=True)
     d_states, d_x = row.chunk_states(d_after), torch.empty_like(v)
     d_before = None if initial_state is None else row.states()
     scan(d_after, d_states, d_x, d_before)
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
-    gated_delta_bwd_gradients_kernel[(pieces.shape[0], k.shape[2])](
+    gated_delta_bwd_gradients_kernel[(row.n_chunks, k.shape[2])](
         q,
         k,
         v,
@@ -267,8 +245,8 @@ def _backward(
         dv,
         dg,
         dbeta,
-        boundaries,
-        pieces,
+        row.boundaries,
+        row.pieces,
         scale,
         row.n_tokens,
         IS_FROM_ZERO=start is None,
@@ -277,16 +255,14 @@ def _backward(
     )
     if d_before is None:
         return dq, dk, dv, dg, dbeta, g.new_empty(0)
-    return dq, dk, dv, dg, dbeta, d_before if longest == 1 else d_before[first_segments[:-1]]
+    return dq, dk, dv, dg, dbeta, d_before if row.longest == 1 else d_before[row.first_segments[:-1]]
 
 
 @_forward.register_fake
-def _(q, k, v, g, beta, initial_state, boundaries, pieces, first_pieces, first_segments, *options):  # type: ignore[no-untyped-def]
-    _, _, longest, output_final_state = options
-    n_heads, d_k, d_v, n_segments = v.shape[2], k.shape[3], v.shape[3], boundaries.shape[0] - 1
-    final = g.new_empty(first_segments.shape[0] - 1, n_heads, d_k, d_v) if output_final_state else g.new_empty(0)
-    if longest == 1:
-        return torch.empty_like(v), final, g.new_empty(0), g.new_empty(0)
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, output_final_state, *_):  # type: ignore[no-untyped-def]
+    n_heads, d_k, d_v = v.shape[2], k.shape[3], v.shape[3]
+    final = g.new_empty(cu_seqlens.shape[0] - 1, n_heads, d_k, d_v) if output_final_state else g.new_empty(0)
+    n_segments = torch.library.get_ctx().new_dynamic_size()
     before = g.new_empty(n_segments, n_heads, d_k, d_v)
     return torch.empty_like(v), final, before, g.new_empty(n_segments, n_heads, d_k, d_v + d_k)
 
@@ -299,17 +275,17 @@ def _(d_o, d_final, q, k, v, g, beta, initial_state, *rest):  # type: ignore[no-
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)  # a final state nobody used has no gradient, not one of zeros
-    *tensors, ctx.scale, ctx.normalize, ctx.longest, ctx.output_final_state = inputs
-    ctx.save_for_backward(*tensors[:6], *output[2:], *tensors[6:])
+    *tensors, cu_seqlens, ctx.scale, ctx.normalize, ctx.output_final_state, ctx.segment_chunks = inputs
+    ctx.save_for_backward(*tensors, *output[2:], cu_seqlens)
 
 
 def _differentiate(ctx, d_o, d_final, *_):  # type: ignore[no-untyped-def]
     d_o = torch.zeros_like(ctx.saved_tensors[2]) if d_o is None else d_o.contiguous()
     d_final = d_final.contiguous() if d_final is not None and ctx.output_final_state else None
     *gradients, d_initial = torch.ops.loopline.gated_delta_bwd(
-        d_o, d_final, *ctx.saved_tensors, ctx.scale, ctx.normalize, ctx.longest
+        d_o, d_final, *ctx.saved_tensors, ctx.scale, ctx.normalize, ctx.segment_chunks
     )
-    return *gradients, d_initial if ctx.needs_input_grad[5] else None, *[None] * 8
+    return *gradients, d_initial if ctx.needs_input_grad[5] else None, *[None] * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -323,6 +299,8 @@ class _Row:
         scores: P = tril(R o Q K^T) of each chunk, the same.
         gates: [GATES, HV, T], fp32, as named in forward_kernels.py.
         norms: 1 / ||q|| and 1 / ||k||, [2, H, T], fp32; None without normalisation.
+        boundaries, pieces, first_pieces, first_segments: tables of the segments.
+        longest: segments of the document that has most.
     """
 
     def __init__(
@@ -332,23 +310,29 @@ class _Row:
         v: Tensor,
         g: Tensor,
         beta: Tensor,
-        boundaries: Tensor,
-        pieces: Tensor,
-        first_pieces: Tensor,
-        first_segments: Tensor,
+        cu_seqlens: Tensor,
         scale: float,
         normalize: bool,
+        segment_chunks: int | None,
     ) -> None:
         (n_tokens, n_key_heads, d_k), (n_heads, d_v) = k.shape[1:], v.shape[2:]
         self.k, self.v, self.beta = k, v, beta
-        self.boundaries, self.first_pieces, self.first_segments = boundaries, first_pieces, first_segments
         self.sizes = tiles(d_k, d_v, q.dtype)
+        bounds = numbers_of(cu_seqlens, n_tokens)
+        if segment_chunks is None:
+            segment_chunks = chunks_of_segment(bounds, n_heads * (d_v // self.sizes.bv), _n_processors(q.device))
+        segments = cut(bounds, segment_chunks)
+        self.longest = segments.longest
+        self.boundaries = boundaries_on(segments.boundaries, q.device)
+        self.pieces = pieces_on(segments.boundaries, CHUNK, q.device)
+        self.first_pieces = first_pieces_on(segments.boundaries, CHUNK, q.device)
+        self.first_segments = boundaries_on(segments.first, q.device)
         self.shape = {"H": n_key_heads, "HV": n_heads, "K": d_k, "V": d_v}
-        self.n_tokens, self.n_chunks = n_tokens, pieces.shape[0]
+        self.n_tokens, self.n_chunks = n_tokens, self.pieces.shape[0]
         self.inverse, self.scores = q.new_empty(n_tokens, n_heads, CHUNK), q.new_empty(n_tokens, n_heads, CHUNK)
         self.gates = g.new_empty(GATES, n_heads, n_tokens)
         self.norms = g.new_empty(2, n_key_heads, n_tokens) if normalize else None
-        gated_delta_fwd_chunk_kernel[(pieces.shape[0], n_key_heads)](
+        gated_delta_fwd_chunk_kernel[(self.n_chunks, n_key_heads)](
             q,
             k,
             g,
@@ -357,8 +341,8 @@ class _Row:
             self.scores,
             self.gates,
             self.norms,
-            boundaries,
-            pieces,
+            self.boundaries,
+            self.pieces,
             scale,
             n_tokens,
             H=n_key_heads,
@@ -440,11 +424,11 @@ class _Row:
         )
         return maps
 
-    def merge(self, maps: Tensor, added: Tensor, states: Tensor, longest: int, *, is_reverse: bool) -> None:
+    def merge(self, maps: Tensor, added: Tensor, states: Tensor, *, is_reverse: bool) -> None:
         """Fill `states` of each document's segments from its first one's, or from its last one's in reverse."""
         n_documents = self.first_segments.shape[0] - 1
         d_k, d_v = self.shape["K"], self.shape["V"]
-        for i_step in range(1, longest):
+        for i_step in range(1, self.longest):
             gated_delta_merge_kernel[(n_documents * self.shape["HV"] * (d_k // 32), d_v // 32)](
                 maps,
                 added,

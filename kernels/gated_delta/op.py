@@ -4,7 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, check_state, cu_seqlens_on, imported, unknown
+from loopline.kernels.backends import (
+    Boundaries,
+    check_boundaries,
+    check_state,
+    cu_seqlens_on,
+    imported,
+    listed,
+    unknown,
+)
 from loopline.kernels.gated_delta.reference import chunked
 from loopline.kernels.precision import l2_normalize
 
@@ -19,7 +27,7 @@ def gated_delta(
     g: Tensor,
     beta: Tensor,
     scale: float,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     initial_state: Tensor | None = None,
     normalize: bool = False,
     output_final_state: bool = False,
@@ -33,7 +41,8 @@ def gated_delta(
         g: [1, T, HV], fp32, log decay, <= 0.
         beta: [1, T, HV], in (0, 1), or (0, 2) with negative eigenvalues.
         scale: factor on q.
-        cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each.
+        cu_seqlens: N + 1 document boundaries on the host, from 0 to T, rising; state restarts at each. A tensor makes
+            one graph of torch.compile serve rows with any boundaries, with "triton".
         initial_state: [N, HV, K, V], fp32; None means zeros.
         normalize: divide q and k by their length over K, as `kernels.precision.l2_normalize` does.
         output_final_state: whether the states after the documents are asked for: 4 K V bytes a document and head, and
@@ -67,7 +76,7 @@ def gated_delta(
         )
     if normalize:
         q, k = l2_normalize(q), l2_normalize(k)
-    rest: Any = {"g": g, "beta": beta, "scale": scale, "cu_seqlens": cu_seqlens, "initial_state": initial_state}
+    rest: Any = {"g": g, "beta": beta, "scale": scale, "cu_seqlens": listed(cu_seqlens), "initial_state": initial_state}
     if backend == "reference":
         o, final_state = chunked(q, k, v, **rest)
         return o, final_state if output_final_state else None
@@ -76,7 +85,7 @@ def gated_delta(
     raise unknown("gated_delta", backend, BACKENDS)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: list[int]) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Boundaries) -> None:
     if q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want q and k [1, T, H, K] and "

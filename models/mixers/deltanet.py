@@ -54,7 +54,7 @@ class DeltaNet(Mixer):
             v,
             beta=wide(self.b_proj(x)).sigmoid() * self.beta_max,  # [1, T, H], fp32
             scale=self.d_head_k**-0.5,
-            cu_seqlens=packing.cu_seqlens,
+            cu_seqlens=packing.boundaries,
             backend=self.chosen_backend(x.device, x.dtype),  # fla has no fp32 kernel
         )
         return self.o_proj(self.o_norm(o).flatten(2))

@@ -55,7 +55,7 @@ class GatedLinear(Mixer):
             self.v_proj(x).unflatten(-1, values),  # [1, T, H, V]
             g=g.unflatten(-1, keys),
             scale=self.d_head_k**-0.5,
-            cu_seqlens=context.packing.cu_seqlens,
+            cu_seqlens=context.packing.boundaries,
             backend=self.chosen_backend(x.device),
         )
         gate = self.g_proj(x).unflatten(-1, values)

@@ -47,7 +47,7 @@ class HGRN2(Mixer):
             self.i_proj(x).unflatten(-1, (-1, self.d_head_v)),  # [1, T, H, V]
             g=F.logsigmoid(f),
             scale=self.d_head_k**-0.5,
-            cu_seqlens=context.packing.cu_seqlens,
+            cu_seqlens=context.packing.boundaries,
             backend=self.chosen_backend(x.device),
         )
         return self.o_proj(self.o_norm(o.flatten(2)))

@@ -72,7 +72,7 @@ class KimiDelta(Mixer):
             g=g,
             beta=beta,
             scale=self.d_head_k**-0.5,
-            cu_seqlens=packing.cu_seqlens,
+            cu_seqlens=packing.boundaries,
             backend=self.chosen_backend(x.device),
         )
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, (-1, self.d_head_v))

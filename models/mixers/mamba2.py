@@ -73,7 +73,7 @@ class Mamba2(Mixer):
             (wide(u) * dt[..., None]).to(u.dtype),  # [1, T, H, V]
             g=-self.A_log.exp() * dt,
             scale=1.0,
-            cu_seqlens=packing.cu_seqlens,
+            cu_seqlens=packing.boundaries,
             backend=self.chosen_backend(x.device),
         )
         y = (wide(y) + self.D[:, None] * wide(u)).to(x.dtype)

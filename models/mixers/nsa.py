@@ -41,7 +41,7 @@ class NativeSparseAttention(FullAttention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
         """[1, T, H, D]."""
-        cu_seqlens = context.packing.cu_seqlens
+        cu_seqlens = context.packing.boundaries
         return nsa(
             q,
             k,

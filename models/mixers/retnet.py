@@ -49,7 +49,7 @@ class Retention(Mixer):
             self.v_proj(x).unflatten(-1, (-1, self.d_head_v)),  # [1, T, H, V]
             g=self.log_decay(q),
             scale=self.d_head_k**-0.5,
-            cu_seqlens=packing.cu_seqlens,
+            cu_seqlens=packing.boundaries,
             backend=self.chosen_backend(x.device),
         )
         gate = self.g_proj(x).unflatten(-1, (-1, self.d_head_v))

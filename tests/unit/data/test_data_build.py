@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,11 +11,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import webdataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loopline.data_pipeline.build import build, build_bundled, wait_for_manifest
 from loopline.data_pipeline.errors import DataError
-from loopline.data_pipeline.manifest import Manifest
+from loopline.data_pipeline.manifest import Manifest, dtype_for
 from loopline.data_pipeline.sources import FileSource, JsonlSource, StdlibSource, open_source
 from loopline.data_pipeline.tokenizer import TokenizerFile, train_tokenizer
 from loopline.data_pipeline.unigram import unigram_entropy
@@ -66,6 +69,7 @@ def test_counts_match_the_shards(small, all_documents):
 
 
 def test_large_vocabularies_are_stored_as_uint32(save_documents, all_documents):
+    assert [dtype_for(size) for size in (65_535, 65_536)] == ["uint16", "uint32"]
     manifest = save_documents([[70_000, 1], [2]], vocab_size=70_001)
     assert manifest.dtype == "uint32"
     assert all_documents(manifest) == [(70_000, 1, 0), (2, 0)]
@@ -124,7 +128,8 @@ def test_jsonl_reads_the_named_field(tmp_path):
         ("{bad", r"rows.jsonl:2: not JSON"),
         ('{"txt": "x"}', r"rows.jsonl:2: found keys \['txt'\]; .* under 'text'"),
         ('["text"]', r"rows.jsonl:2: found a JSON list"),
-        ('{"text": 3}', r"rows.jsonl:2: found keys"),
+        ('{"text": 3}', r"rows.jsonl:2: found a JSON int under 'text'; every row"),
+        ('{"text": null}', r"rows.jsonl:2: found null under 'text'; every row"),
     ],
 )
 def test_bad_jsonl_rows_name_file_and_line(tmp_path, row, message):
@@ -151,9 +156,100 @@ def test_unclear_sources_are_refused(tmp_path):
 def test_empty_input_leaves_no_manifest(small, tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     for choice in ({"vocab_size": 300}, {"tokenizer": TokenizerFile(small.folder)}):
-        with pytest.raises(DataError, match=r"gave no documents to train on \(1 empty or unreadable skipped\)"):
+        with pytest.raises(DataError, match=r"gave no documents to train on \(skipped: 1 without text \(.*a.txt\)\)"):
             build(FileSource(tmp_path), tmp_path / "out", heldout_fraction=0, **choice)
         assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def latin_1_texts(folder, n, n_bad):
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i:02d}.txt").write_bytes(f"caf\u00e9 number {i}".encode("latin-1" if i < n_bad else "utf-8"))
+    return folder
+
+
+@pytest.mark.parametrize("choice", ["train", "use"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_skipped_is_named_and_has_a_ceiling(small, tmp_path, caplog, choice, workers):
+    source = FileSource(latin_1_texts(tmp_path / "texts", 60, 9), part_bytes=100)
+    (tmp_path / "texts" / "59.txt").write_text("\n")  # holds nothing, so it does not count towards the ceiling
+    chosen = {"vocab_size": 300} if choice == "train" else {"tokenizer": TokenizerFile(small.folder)}
+    settings = {**chosen, "heldout_fraction": 0, "workers": workers}
+    listed = r"9 not UTF-8 \(.*00.txt, .*01.txt, .*02.txt, ...\); 1 without text \(.*59.txt\)"
+    with pytest.raises(DataError, match=rf"9 of 60 documents \(15.00%\) would be lost, .*=0.01 .* Skipped: {listed}"):
+        build(source, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest = build(source, tmp_path / "out", **settings, max_skipped_share=0.15)
+    assert (manifest.splits["train"].n_documents, manifest.provenance.n_skipped) == (50, 10)
+    assert re.search(rf"skipped 10 of 60 documents: {listed}", caplog.text)
+
+
+def letters_tokenizer(folder, letters):
+    """A BPE of single letters without unknown token and without byte fallback."""
+    folder.mkdir()
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return TokenizerFile(folder)
+
+
+def test_documents_without_a_token_are_skipped_and_lost_text_is_told(tmp_path, all_documents, caplog):
+    texts = ["abc", "\u00e9\u4e00", "ab\u4e00c", "\u4e8c"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    settings = {"tokenizer": letters_tokenizer(tmp_path / "abc", "abc"), "heldout_fraction": 0}
+    with pytest.raises(
+        DataError, match=r"2 of 4 documents .* lost, .* has no token \('\u00e9\u4e00' of .*txt.*, '\u4e8c' of .*\)"
+    ):
+        build(FileSource(tmp_path), tmp_path / "out", **settings)
+    assert "has no token for some text of 3 of 4 sampled documents, first near '\u00e9\u4e00'" in caplog.text
+    manifest = build(FileSource(tmp_path), tmp_path / "out", **settings, max_skipped_share=0.5)
+    assert all_documents(manifest) == [(1, 2, 3, 0), (1, 2, 3, 0)]
+    assert manifest.provenance.n_skipped == 2
+
+
+def test_normalizers_that_change_text_lose_none_and_unknown_tokens_do(small, tmp_path):
+    assert not TokenizerFile(small.folder).lost_text(["caf\u00e9 \u4e00\U0001f600 \x00\r\n"])
+    folder = tmp_path / "words"
+    folder.mkdir()
+    words = Tokenizer(models.WordPiece({"<|endoftext|>": 0, "[UNK]": 1, "cafe": 2}, unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer()
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.save(str(folder / "tokenizer.json"))
+    assert TokenizerFile(folder).lost_text([" CAF\u00c9\x07  cafe\u0301", "\u4e00 cafe"]) == ["\u4e00 cafe"]
+
+
+def test_a_build_overwrites_nothing(small, tmp_path):
+    texts = tmp_path / "texts"
+    (texts / "inner").mkdir(parents=True)
+    (texts / "inner" / "a.txt").write_text("some text")
+    tokenizer = TokenizerFile(small.folder)
+    for out in (texts, texts / "inner", tmp_path):
+        with pytest.raises(DataError, match=r"cannot take the data set: the source is in it \(.*inner\). Choose"):
+            build(FileSource(texts), out, tokenizer=tokenizer, heldout_fraction=0)
+    assert [path.name for path in texts.rglob("*")] == ["inner", "a.txt"]
+    for name in ("train-000000.tar", "heldout-9.tar", "tokenizer.json", "special_tokens_map.json", ".build/x"):
+        out = tmp_path / "out" / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        (out / "README.md").write_text("not in the way")
+        with pytest.raises(DataError, match=r"out/.* holds .*, which no build under way|folder of another program"):
+            build(FileSource(texts), out, tokenizer=tokenizer, heldout_fraction=0)
+        assert (out / name).read_text() == "mine"
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    shutil.copy(small.folder / "train-000000.tar", tars)
+    with pytest.raises(DataError, match=r"the source is in it"):
+        build(open_source(tars), tars, tokenizer=tokenizer)
+
+
+def test_a_source_path_that_is_not_utf_8_is_recorded_readably(small, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+    build(FileSource(folder), tmp_path / "out", tokenizer=TokenizerFile(small.folder), heldout_fraction=0)
+    assert Manifest.load(tmp_path / "out").provenance.source["path"] == f"{tmp_path}/caf\\xe9"
 
 
 def test_an_empty_heldout_split_is_refused(small, tmp_path):
@@ -167,6 +263,8 @@ def test_an_empty_heldout_split_is_refused(small, tmp_path):
     [
         ({}, r"neither of tokenizer and vocab_size given"),
         ({"vocab_size": 257}, r"vocab_size=257 is too small.*at least 258"),
+        ({"vocab_size": 99_999_999_999}, r"vocab_size=99999999999 is too large: use at most 16777216"),
+        ({"vocab_size": 300, "max_skipped_share": 1.5}, r"max_skipped_share=1.5 must be from 0 to 1"),
         ({"vocab_size": 300, "heldout_fraction": 1}, r"heldout_fraction=1 must be at least 0 and below 1"),
         ({"vocab_size": 300, "record_tokens": 0}, r"record_tokens=0 must be 1 or more"),
         ({"vocab_size": 300, "shard_bytes": -1}, r"shard_bytes=-1 must be 1 or more"),

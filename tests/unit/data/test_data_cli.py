@@ -39,6 +39,9 @@ def test_build_inspect_and_verify_agree(run, text_folder, small, tmp_path):
     assert status == 0
     assert (tmp_path / "out" / "manifest.json").read_bytes() == small.path.read_bytes()
 
+    status, text, _ = run("build", text_folder, tmp_path / "out", "--suffixes", ".py", *options)
+    assert (status, text) == (0, f"already there, built from the same source with the same settings\n{built}")
+
     status, text, _ = run("inspect", tmp_path / "out" / "manifest.json", "--samples", 2)
     assert status == 0
     train = small.splits["train"]
@@ -82,6 +85,8 @@ def test_mistakes_end_with_one_message_and_status_2(run, tmp_path, small):
         (("build", tmp_path / "none", tmp_path / "out", "--vocab-size", 300), "none does not exist"),
         (("build", "pipe:ls", tmp_path / "out", "--vocab-size", 300), "is a command or an address"),
         (("build", tmp_path, tmp_path / "o", "--vocab-size", 300, "--workers", -1), "workers=-1 must be 0 or more"),
+        (("build", tmp_path, tmp_path / "o", "--vocab-size", 300, "--max-document-bytes", 3), "of 4 bytes"),
+        (("build", tmp_path, tmp_path / "o", "--vocab-size", 300, "--max-skipped-share", 2), "must be from 0 to 1"),
         (("build", tmp_path, tmp_path / "a.txt" / "o", "--vocab-size", 300), "Not a directory"),
         (("inspect", tmp_path), "manifest.json does not exist"),
         (("inspect", small.path, "--samples", -1), "--samples is -1"),
@@ -91,6 +96,18 @@ def test_mistakes_end_with_one_message_and_status_2(run, tmp_path, small):
         status, _, problem = run(*arguments)
         assert status == 2, arguments
         assert message in problem
+
+
+def test_a_build_says_what_it_skipped(run, tmp_path, caplog):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_bytes(b"text" if i else b"\xff")
+    options = ("--vocab-size", 300, "--heldout-fraction", 0, "--workers", 0)
+    status, _, problem = run("build", tmp_path, tmp_path / "out", *options)
+    assert status == 2
+    assert "1 of 4 documents (25.00%) would be lost" in problem
+    status, text, _ = run("build", tmp_path, tmp_path / "out", *options, "--max-skipped-share", 0.25)
+    assert (status, "skipped: 1 of 4 documents\n" in text) == (0, True)
+    assert f"skipped 1 of 4 documents: 1 not UTF-8 ({tmp_path / '0.txt'})" in caplog.text
 
 
 def test_import_megatron_writes_a_data_set(run, small, all_documents, tmp_path):
@@ -218,5 +235,7 @@ def test_corpora_at_a_url_are_inspected_verified_and_hashed(run, small, tmp_path
     with faulty.serving(small.folder) as server:
         status, text, _ = run("verify", server.url)
         assert (status, text.endswith("all as built\n")) == (0, True)
-        assert run("inspect", server.url)[1].splitlines()[1:] == run("inspect", small.path)[1].splitlines()[1:]
+        assert text.startswith(f"{server.url}/manifest.json: ")
+        remote, local = (run("inspect", place)[1].splitlines() for place in (server.url, small.path))
+        assert (remote[0].partition(": ")[0], remote[1:]) == (f"{server.url}/manifest.json", local[1:])
         assert run("digest", server.url)[:2] == run("digest", small.path)[:2]

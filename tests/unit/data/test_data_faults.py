@@ -1,6 +1,8 @@
 """Storage and servers that fail: what passes is retried, the rest is a clear error, and nothing hangs or is lost."""
 
+import errno
 import fcntl
+import io
 import socket
 import time
 from collections.abc import Iterator
@@ -192,6 +194,19 @@ def test_a_manifest_that_does_not_come_is_an_error(server, settings, monkeypatch
     with pytest.raises(DataError, match=message):
         Manifest.load(server.url, replace(settings, retry_timeout_s=2.5))
     assert time.monotonic() - began < 2.5 + SLACK_S
+
+
+def test_a_full_cache_names_the_file_it_could_not_write(manifest, settings, small):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    shard = small.splits["train"].shards[0]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("loopline.data_pipeline.store.io.FileIO", Full)
+        with pytest.raises(DataError, match=rf"shards/{shard.sha256}.part cannot be written: .*No space left"):
+            manifest.store.open(shard)
+    assert cached(settings) == []
 
 
 def test_another_tokenizer_on_the_server_is_refused(server, settings):

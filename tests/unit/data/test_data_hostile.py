@@ -243,6 +243,42 @@ def test_a_tar_that_is_not_the_manifests_fails_verify(copy):
         Manifest.load(copy.folder).verify()
 
 
+def test_what_a_stream_would_refuse_fails_verify(copy):
+    """Also where the sha256 is right, as it is of what another tool has written."""
+    content = first_shard(copy)
+    record = copy.splits["train"].shards[0].records[0]
+    last = record.tokens_offset + 128 + 2 * (record.n_tokens - 1)
+    with pytest.raises(DataError, match=r"record at byte 512, cannot be read: a document does not end with eos \(0\)"):
+        forge_shard(copy, content[:last] + b"\1\0" + content[last + 2 :]).verify()
+    at = record.ends_offset + 128
+    with pytest.raises(DataError, match=r"record at byte 512, cannot be read: document ends must rise"):
+        forge_shard(copy, content[:at] + bytes(8) + content[at + 8 :]).verify()
+    with pytest.raises(DataError, match=r"record at byte 512 is of train-00000000 and train-99999999"):
+        forge_shard(copy, swap_name(content, record.ends_offset - 512, b"train-99999999")).verify()
+
+
+def swap_name(content: bytes, at: int, name: bytes) -> bytes:
+    header = bytearray(content[at : at + 512])
+    header[: len(name)] = name
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return content[:at] + bytes(header) + content[at + 512 :]
+
+
+def test_records_that_the_manifest_lacks_fail_verify(copy):
+    def drop(content: dict[str, Any]) -> None:
+        split = content["splits"]["train"]
+        _, n_tokens, _, n_documents = split["shards"][0]["records"].pop()
+        for counts in (split, split["shards"][0]):
+            counts["n_tokens"] -= n_tokens
+            counts["n_documents"] -= n_documents
+        del split["length_histogram"]
+
+    edit_manifest(copy.folder, drop)
+    with pytest.raises(DataError, match=r"the tar has '.*.tokens.npy' at byte \d+, which is no record of the manifest"):
+        Manifest.load(copy.folder).verify()
+
+
 class Bomb:
     """Unpickling one creates a file."""
 
@@ -299,36 +335,32 @@ def test_an_npy_header_that_lies_is_refused_before_anything_is_allocated(copy, p
     assert peak_bytes() < 50 * 2**20
 
 
-@pytest.mark.parametrize("claim", [TEN_GB, 2**50])
-def test_a_manifest_that_claims_too_much_is_refused_before_anything_is_allocated(copy, claim, peak_bytes):
-    def inflate(content: dict[str, Any]) -> None:
+def claim_one_record(n_tokens: int, n_bytes: int) -> Callable[[dict[str, Any]], None]:
+    """One record of one document in the first shard, in a place where it overlaps with nothing."""
+
+    def change(content: dict[str, Any]) -> None:
         split = content["splits"]["train"]
         shard = split["shards"][0]
-        more = claim - shard["records"][0][1]
-        shard["records"][0][1] += more
-        shard["n_bytes"] = 2 * claim
-        shard["n_tokens"] += more
-        split["n_tokens"] += more
+        split["n_tokens"] += n_tokens - shard["n_tokens"]
+        split["n_documents"] += 1 - shard["n_documents"]
+        shard.update(records=[[512, n_tokens, 0, 1]], n_tokens=n_tokens, n_documents=1, n_bytes=n_bytes)
+        del split["length_histogram"]
 
-    edit_manifest(copy.folder, inflate)
+    return change
+
+
+@pytest.mark.parametrize("claim", [TEN_GB, 2**50])
+def test_a_manifest_that_claims_too_much_is_refused_before_anything_is_allocated(copy, claim, peak_bytes):
+    edit_manifest(copy.folder, claim_one_record(claim, 4 * claim))
     manifest = Manifest.load(copy.folder)
     with pytest.raises(DataError, match=r"has \d+ bytes, the manifest says"):
         SplitReader(manifest, "train")
     assert peak_bytes() < 50 * 2**20
 
 
-def test_more_items_than_the_shard_has_room_for_are_refused(copy, peak_bytes):
+def test_more_items_than_the_shard_has_room_for_are_refused(copy):
     n_bytes = copy.splits["train"].shards[0].n_bytes
-
-    def inflate(content: dict[str, Any]) -> None:
-        split = content["splits"]["train"]
-        shard = split["shards"][0]
-        more = n_bytes - 1000 - shard["records"][0][1]
-        shard["records"][0][1] += more
-        shard["n_tokens"] += more
-        split["n_tokens"] += more
-
-    edit_manifest(copy.folder, inflate)
+    edit_manifest(copy.folder, claim_one_record(n_bytes - 1000, n_bytes))
     with pytest.raises(DataError, match=rf"the manifest claims {2 * (n_bytes - 1000)} bytes at 512"):
         SplitReader(Manifest.load(copy.folder), "train").documents(0)
 

@@ -74,6 +74,27 @@ def test_names_that_leave_the_folder_are_refused(copy, name):
         Manifest.load(copy.folder)
 
 
+def list_a_record_twice(content):
+    """In place of the record after it, with sums that agree."""
+    split = content["splits"]["train"]
+    shard = split["shards"][0]
+    first, second = shard["records"][:2]
+    shard["records"][1] = first
+    for counts in (shard, split):
+        counts["n_tokens"] += first[1] - second[1]
+        counts["n_documents"] += first[3] - second[3]
+    del split["length_histogram"]
+
+
+def list_a_copy(content):
+    split = content["splits"]["train"]
+    shard = {**split["shards"][0], "name": "copy.tar"}
+    split["shards"].append(shard)
+    split["n_tokens"] += shard["n_tokens"]
+    split["n_documents"] += shard["n_documents"]
+    del split["length_histogram"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,6 +113,10 @@ def test_names_that_leave_the_folder_are_refused(copy, name):
         (lambda c: c["splits"]["train"]["shards"][0]["records"][0].__setitem__(0, 10**30), r"records.0.0"),
         (lambda c: c["splits"]["train"]["shards"][0]["records"][0].append(0), r"records.0"),
         (lambda c: c["splits"]["train"]["shards"][0]["records"][0].__setitem__(3, 5000), r"more documents than tokens"),
+        (lambda c: c["splits"]["train"]["length_histogram"].extend([0] * 64), r"length_histogram: .* at most 64 items"),
+        (lambda c: c["splits"]["train"]["shards"][0]["records"][0].__setitem__(2, 600), r"overlap .*, at byte 600"),
+        (list_a_record_twice, r"shard train-000000.tar has records that overlap or are listed twice, at byte 512"),
+        (list_a_copy, r"a shard is listed twice: two have one sha256"),
     ],
 )
 def test_a_manifest_that_breaks_a_rule_is_refused_with_the_field(copy, change, message):
@@ -152,7 +177,7 @@ def test_a_pickled_array_in_a_shard_is_refused(copy):
         ("tokens", 10, b"{'descr': '<u4'", r"array of uint32"),
         ("tokens", 128, b"\xff\xff", r"token 65535 found, vocab_size is 300"),
         ("ends", 128, b"\x00" * 8, r"document ends must rise"),
-        ("ends", 128, b"\x03" + b"\x00" * 7, r"does not end with eos|document ends"),
+        ("ends", 128, b"\x03" + b"\x00" * 7, r"document ends must rise"),
     ],
 )
 def test_damage_inside_a_record_is_found_at_the_read(copy, member, skip, data, message):
@@ -160,4 +185,11 @@ def test_damage_inside_a_record_is_found_at_the_read(copy, member, skip, data, m
     offset = record.tokens_offset if member == "tokens" else record.ends_offset
     overwrite(copy, offset + skip, data)
     with pytest.raises(DataError, match=message):
+        SplitReader(copy, "train").documents(0)
+
+
+def test_a_document_without_eos_is_found_at_the_read(copy):
+    record = copy.splits["train"].shards[0].records[0]
+    overwrite(copy, record.tokens_offset + 128 + 2 * (record.n_tokens - 1), b"\x01\x00")
+    with pytest.raises(DataError, match=r"record at byte 512, cannot be read: a document does not end with eos \(0\)"):
         SplitReader(copy, "train").documents(0)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from loopline.data_pipeline.digest import batch_digest, combine, stream_digest
+from loopline.data_pipeline.digest import batch_digest, stream_digest
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import record_order
 from loopline.data_pipeline.mixture import Mixture, Source
@@ -191,27 +191,36 @@ def test_a_stream_that_is_dropped_ends_its_workers(small):
     assert wait_until_gone(pids)
 
 
+STOPS = (0, 1, 2, 431, 700, 999)
+
+
 @pytest.mark.slow
-def test_a_thousand_batches_hash_alike_on_any_ranks_and_workers_and_across_a_stop(small, open_stream):
-    """Several epochs of the corpus, packed best-fit; stopped after 431 and resumed on half the ranks."""
+def test_a_thousand_batches_hash_alike_on_any_ranks_and_workers_and_across_stops(small, open_stream):
+    """Several epochs of the corpus, packed best-fit; all layouts agree on the states at the stops."""
     common = {"packing": "best_fit", "seq_len": 64}
 
     def open_ranks(dp, workers, states=None):
         return [open_stream(small, **common, dp_rank=d, dp_size=dp, workers=workers, states=states) for d in range(dp)]
 
-    judge = stream_digest(open_ranks(1, 0), 1000)
-    for dp, workers in itertools.product((1, 2, 4), (0, 1, 3)):
-        ranks = open_ranks(dp, workers)
-        assert stream_digest(ranks, 1000) == judge, (dp, workers)
+    def run(ranks, start, n):
+        """(digests of n steps, states at the stops among them); closes the ranks."""
+        digests, states = [], {}
+        for i in range(start, start + n):
+            if i in STOPS:
+                states[i] = {lane: state for rank in ranks for lane, state in rank.state_dict().items()}
+            digests.append(batch_digest([next(rank) for rank in ranks]))
         for rank in ranks:
             rank.close()
-    ranks = open_ranks(4, 1)
-    first = [batch_digest([next(rank) for rank in ranks]) for _ in range(431)]
-    states = {lane: state for rank in ranks for lane, state in rank.state_dict().items()}
-    ranks = open_ranks(2, 0, states)
-    second = [batch_digest([next(rank) for rank in ranks]) for _ in range(569)]
-    assert combine([*first, *second]) == judge
-    assert max(rank.epoch for rank in ranks) > 1
+        return digests, states
+
+    judge, states = run(open_ranks(1, 0), 0, 1000)
+    assert tuple(states) == STOPS
+    assert max(state["epoch"] for state in states[700].values()) > 1
+    for dp, workers in itertools.product((1, 2, 4), (0, 1, 3)):
+        assert run(open_ranks(dp, workers), 0, 1000) == (judge, states), (dp, workers)
+    for stop, dp in zip(STOPS, (4, 4, 2, 1, 2, 4), strict=True):
+        n = min(60, 1000 - stop)
+        assert run(open_ranks(dp, 0, states[stop]), stop, n)[0] == judge[stop : stop + n], (stop, dp)
 
 
 def test_the_digest_command_prints_one_hash_for_every_layout(small, capsys):

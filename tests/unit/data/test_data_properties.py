@@ -1,6 +1,8 @@
 """Packing, order, resuming and mixing for whatever documents, settings and stops hypothesis finds."""
 
 import json
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -95,44 +97,82 @@ def test_a_mix_is_within_one_sequence_of_its_weights_at_all_times(weights, seq_l
 
 
 def hash_steps(manifest, parts, **settings):
-    """Digests of the steps of a run in parts (dp_size, n_steps), each resumed from the one before through JSON."""
+    """Digests of the steps of a run in parts (dp_size, workers, n_steps), each resumed from the one before through
+    JSON. Workers are killed at a part's end, wherever they read."""
     digests, states = [], None
-    for dp_size, n_steps in parts:
+    for dp_size, workers, n_steps in parts:
         ranks = [
-            GlobalBatchStream(manifest, **settings, dp_rank=rank, dp_size=dp_size, states=states)
+            GlobalBatchStream(manifest, **settings, dp_rank=rank, dp_size=dp_size, workers=workers, states=states)
             for rank in range(dp_size)
         ]
         digests += [batch_digest([next(rank) for rank in ranks]) for _ in range(n_steps)]
         states = json.loads(json.dumps({lane: state for rank in ranks for lane, state in rank.state_dict().items()}))
+        for rank in ranks:
+            for pid in rank._group.pids if workers else ():
+                os.kill(pid, signal.SIGKILL)
+            rank.close()
     return digests
 
 
-@settings(COMMON, max_examples=25)
+@pytest.fixture
+def save_numbered(save_documents):
+    """Writes documents of given lengths, eos included; apart from eos every token comes once in the corpus."""
+
+    def save(lengths, record_tokens):
+        ends = np.cumsum([length - 1 for length in lengths]) + 1
+        documents = [range(end - length + 1, end) for length, end in zip(lengths, ends.tolist(), strict=True)]
+        return save_documents(documents, record_tokens=record_tokens, vocab_size=60_000)
+
+    return save
+
+
+CORPORA = {"lengths": st.lists(st.integers(1, 70), min_size=1, max_size=40), "record_tokens": st.integers(1, 90)}
+
+
+# A stop on several ranks with worker processes costs seconds, so few examples have them.
+WORKERS = st.sampled_from([0] * 11 + [1])
+
+
+@settings(COMMON, max_examples=40)
 @given(
+    **CORPORA,
     packing=st.sampled_from(["concat", "best_fit"]),
-    seq_len=st.sampled_from([1, 17, 256]),
+    seq_len=st.sampled_from([1, 17, 64]),
     shuffle_records=st.integers(1, 4),
-    parts=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 12)), min_size=1, max_size=4),
+    n_lanes=st.integers(1, 6),
+    per_lane=st.integers(1, 2),
+    parts=st.lists(st.tuples(st.integers(0, 3), WORKERS, st.integers(0, 12)), min_size=1, max_size=4),
 )
-def test_a_run_in_any_parts_on_any_ranks_is_the_run_in_one(small, packing, seq_len, shuffle_records, parts):
+@example([5] * 12, 10, "concat", 17, 2, 6, 1, [(2, 1, 1), (1, 0, 0), (0, 1, 5), (3, 0, 9)])
+def test_a_run_in_any_parts_on_any_ranks_is_the_run_in_one(
+    save_numbered, lengths, record_tokens, packing, seq_len, shuffle_records, n_lanes, per_lane, parts
+):
+    manifest = save_numbered(lengths, record_tokens)
+    n_lanes = min(n_lanes, manifest.splits["train"].n_records)
+    sizes = [dp_size for dp_size in range(1, n_lanes + 1) if n_lanes % dp_size == 0]
+    parts = [(sizes[i % len(sizes)], workers, n) for i, workers, n in parts]
     stream = {
         "seed": 3,
-        "n_lanes": 4,
-        "global_batch_sequences": 8,
+        "n_lanes": n_lanes,
+        "global_batch_sequences": n_lanes * per_lane,
         "packing": packing,
         "seq_len": seq_len,
         "shuffle_records": shuffle_records,
     }
-    whole = hash_steps(small, [(1, sum(n for _, n in parts))], **stream)
-    assert hash_steps(small, parts, **stream) == whole
+    whole = hash_steps(manifest, [(1, 0, sum(n for *_, n in parts))], **stream)
+    assert hash_steps(manifest, parts, **stream) == whole
 
 
-@settings(COMMON, max_examples=25)
-@given(seq_len=st.integers(16, 400), n_lanes=st.integers(1, 6), shuffle_records=st.integers(1, 40))
+@settings(COMMON, max_examples=40)
+@given(**CORPORA, seq_len=st.integers(1, 100), n_lanes=st.integers(1, 6), shuffle_records=st.integers(1, 40))
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_an_epoch_has_every_token_once_and_ends(small, packing, seq_len, n_lanes, shuffle_records):
-    reader = SplitReader(small, "train")
-    found: Counter = Counter()
+def test_an_epoch_has_every_document_once_and_ends(
+    save_numbered, all_documents, packing, lengths, record_tokens, seq_len, n_lanes, shuffle_records
+):
+    manifest = save_numbered(lengths, record_tokens)
+    reader = SplitReader(manifest, "train")
+    n_lanes = min(n_lanes, reader.n_records)
+    sequences = []  # of all lanes, lane after lane, without padding
     for lane in range(n_lanes):
         stream = LaneStream(
             reader,
@@ -144,7 +184,14 @@ def test_an_epoch_has_every_token_once_and_ends(small, packing, seq_len, n_lanes
             packing=packing,
             max_epochs=1,
         )
-        for sequence, _ in stream:
-            found.update(sequence.tokens[: seq_len - sequence.n_padding].tolist())
-    documents = [document for record in range(reader.n_records) for document in reader.documents(record)]
-    assert found == Counter(np.concatenate(documents).tolist())
+        sequences += [sequence.tokens[: seq_len - sequence.n_padding].tolist() for sequence, _ in stream]
+    expected = all_documents(manifest)
+    tokens = [token for sequence in sequences for token in sequence]
+    if packing == "concat":
+        ends = np.flatnonzero(np.array(tokens) == manifest.eos_id) + 1
+        assert sorted(tuple(each.tolist()) for each in np.split(tokens, ends)[:-1]) == sorted(expected)
+        assert ends[-1] == len(tokens)
+    else:
+        assert Counter(tokens) == Counter(token for document in expected for token in document)
+        pieces = {tuple(each[i : i + n]) for each in sequences for n in range(1, seq_len + 1) for i in range(len(each))}
+        assert all(document in pieces for document in expected if len(document) <= seq_len)

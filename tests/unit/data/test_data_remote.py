@@ -1,5 +1,6 @@
 """A data set at a URL gives the tokens it gives from its folder, through a cache that is bounded and shared."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -121,6 +122,19 @@ def test_the_cache_keeps_its_bound_and_drops_the_least_recently_used(small, serv
         reader.documents(record)
         used = sum(file.stat().st_size for file in (settings.cache_dir / "shards").iterdir())
         assert used <= bound
+
+
+def test_downloads_under_way_count_towards_the_bound(small, server, settings):
+    shards = small.splits["train"].shards
+    folder = settings.cache_dir / "shards"
+    open_shard(Manifest.load(server.url, settings), 0)
+    with (folder / f"{shards[2].sha256}.part").open("wb") as under_way:
+        fcntl.flock(under_way, fcntl.LOCK_EX)
+        under_way.truncate(shards[2].n_bytes)
+        # One byte short of all three: the finished one has to go, though two would fit.
+        bound = sum(shard.n_bytes for shard in shards[:3]) - 1
+        open_shard(Manifest.load(server.url, replace(settings, cache_bytes=bound)), 1)
+        assert cached(settings) == sorted([shards[1].sha256, f"{shards[2].sha256}.part"])
 
 
 def test_an_evicted_shard_stays_readable_where_it_is_open(small, server, settings):

@@ -143,13 +143,58 @@ def test_a_kill_between_the_shards_and_the_manifest_is_repaired(small, text_fold
 
     with monkeypatch.context() as patched:
         patched.setattr(Manifest, "save", die)
-        with pytest.raises(KeyboardInterrupt):
-            build(source, tmp_path, **SETTINGS)
+        for shard_bytes in (SETTINGS["shard_bytes"], 5_000):
+            with pytest.raises(KeyboardInterrupt):
+                build(source, tmp_path, **{**SETTINGS, "shard_bytes": shard_bytes})
     assert (tmp_path / "train-000000.tar").exists()
     with pytest.raises(DataError, match=r"build was interrupted"):
         Manifest.load(tmp_path)
-    build(source, tmp_path, **SETTINGS)
+    assert len(list(tmp_path.glob("train-*.tar"))) > len(list(small.folder.glob("train-*.tar")))
+    mine = tmp_path / "train-000003.tar"
+    ours = mine.read_bytes()
+    mine.write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"holds train-000003.tar, which no build under way there wrote"):
+        build(source, tmp_path, **SETTINGS)
+    assert mine.read_bytes() == b"mine" != ours
+    mine.unlink()
+    build(source, tmp_path, **SETTINGS)  # with other settings than those of the shards there
     assert content(tmp_path) == content(small.folder)
+
+
+def test_a_file_that_comes_during_the_build_is_not_overwritten(text_folder, tmp_path):
+    class Slow(FileSource):
+        def read(self, part):
+            (tmp_path / "out" / "train-000000.tar").write_text("mine")
+            return super().read(part)
+
+    with pytest.raises(DataError, match=r"holds train-000000.tar, which no build"):
+        build(Slow(text_folder, (".py",)), tmp_path / "out", **SETTINGS)
+    assert (tmp_path / "out" / "train-000000.tar").read_text() == "mine"
+
+
+PARENT = """
+import sys, time
+from loopline.data_pipeline.workers import run_items
+
+def work(item):
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(run_items(work, [1, 2], 2))
+"""
+
+
+def test_workers_end_with_their_parent_in_the_middle_of_an_item(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    process = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    with process.stdout:
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+        workers = children(process.pid)
+        process.kill()
+        process.wait()
+    assert len(workers) == 2
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers), 10)
 
 
 def test_a_killed_worker_is_a_clear_error_and_the_rerun_is_whole(small, start, tmp_path):
@@ -245,7 +290,7 @@ def test_two_builders_of_one_folder_do_not_mix(small, start, text_folder, tmp_pa
 
 def test_bad_rows_reach_the_user_from_worker_processes(small, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 20 + '{"text": 1}\n')
-    with pytest.raises(DataError, match=r"a.jsonl:21: found keys"):
+    with pytest.raises(DataError, match=r"a.jsonl:21: found a JSON int"):
         build(
             JsonlSource(tmp_path, part_bytes=60),
             tmp_path / "out",

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 
@@ -209,9 +210,22 @@ def test_a_dataset_with_splits_asks_for_one_and_bad_ones_are_named(tmp_path):
         list(open_source(tmp_path / "both" / "train"))
     with pytest.raises(DataError, match=r"no string column 'n', only text \(string\), n \(int64\)"):
         open_source(tmp_path / "both" / "train", field="n")
-    (tmp_path / "both" / "train" / "state.json").write_text("{}")
+    state = tmp_path / "both" / "train" / "state.json"
+    shutil.copy(tmp_path / "both" / "test" / "data-00000-of-00001.arrow", tmp_path / "outside.arrow")
+    state.write_text(state.read_text().replace("data-00000-of-00001.arrow", "../../outside.arrow"))
+    with pytest.raises(DataError, match=r"state.json lists the data file '../../outside.arrow'; data files lie in the"):
+        open_source(tmp_path / "both" / "train")
+    state.write_text("{}")
     with pytest.raises(DataError, match=r"both/train cannot be read"):
         open_source(tmp_path / "both" / "train")
+
+
+def test_files_that_are_not_of_a_saved_data_set_change_nothing(tmp_path):
+    write_dataset(tmp_path)
+    before = open_source(tmp_path).describe()
+    open_source(tmp_path)._open().map(lambda row: row, load_from_cache_file=False)
+    (tmp_path / "cache-0123456789abcdef.arrow").write_bytes(b"of a map")
+    assert open_source(tmp_path).describe() == before
 
 
 def link(name):
@@ -230,6 +244,9 @@ def link(name):
         ([("b/../../a.txt", b"x")], r"points outside"),
         ([(link("a.txt"), b"")], r"member 'a.txt' is a link"),
         ([("a.txt", b"x"), ("a.txt", b"y")], r"member 'a.txt' comes twice"),
+        ([("a.txt", b"x"), ("a.TXT", b"y")], r"member 'a.TXT' comes twice"),
+        ([("a.v1.txt", b"x")], r"member 'a.v1.txt' is no document .* the part 'v1.txt' of sample 'a'. Rename it"),
+        ([("d.e/a.txt", b"x"), ("d.e/a.V2.Txt", b"x")], r"member 'd.e/a.V2.Txt' is no document of its own"),
         ([("a.json", b"[1]")], r"a.tar:a.json: found a JSON list"),
         ([("a.json", b"{")], r"a.tar:a.json: not JSON"),
     ],
@@ -241,9 +258,15 @@ def test_tars_that_would_reach_out_or_hold_no_text_are_refused(tmp_path, members
 
 
 def test_tar_samples_without_text_are_skipped_and_counted(tmp_path):
-    write_tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.txt", b" "), ("c.txt", b"\xff"), ("d/d.txt", b"good")])
+    members = [("a.jpg", b"x"), ("b.txt", b" "), ("c.txt", b"\xff"), ("d/d.TXT", b"good"), ("d/._d.txt", b"hidden")]
+    write_tar(tmp_path / "a.tar", [*members, ("e.JSON", b'{"text": "too"}')])
     source = open_source(tmp_path)
-    assert list(source) == ["good"]
+    assert list(source) == ["good", "too"]
+    assert [(reason, n) for reason, n, _ in source.skips.facts] == [
+        ("without a .txt or .json member", 1),
+        ("without text", 1),
+        ("not UTF-8", 1),
+    ]
     assert source.n_skipped == 3
 
 
@@ -294,9 +317,78 @@ def test_a_folder_of_several_kinds_names_them_and_suffixes_choose(tmp_path):
 
 
 def test_a_fifo_or_missing_file_is_refused_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"does not exist"):
         open_source(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl is no file and no folder"):
+        open_source(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a.jsonl is no regular file \(a FIFO, socket or device\)"):
+        open_source(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"a.jsonl is a link to nothing"):
+        open_source(tmp_path)
+
+
+def test_links_are_followed_and_a_folder_is_read_once(tmp_path):
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for folder, text in ((texts / "b", "second"), (elsewhere, "first")):
+        folder.mkdir(parents=True)
+        (folder / "1.txt").write_text(text)
+    (texts / "a").symlink_to(elsewhere)
+    (texts / "c.txt").symlink_to(elsewhere / "1.txt")
+    assert list(open_source(texts)) == ["first", "second", "first"]
+    for target in (elsewhere, texts, texts / "b"):
+        (texts / "z").symlink_to(target)
+        with pytest.raises(DataError, match=r"is the same folder as .*, by a link: .* read twice"):
+            open_source(texts)
+        (texts / "z").unlink()
+
+
+def test_hidden_files_are_left_out_as_hidden_folders_are(tmp_path):
+    (tmp_path / "._a.txt").write_text("of a Mac")
+    (tmp_path / "a.txt").write_text("text")
+    assert list(open_source(tmp_path)) == ["text"]
+    assert list(open_source(tmp_path / "._a.txt")) == ["of a Mac"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scan = os.scandir
+
+    def refuse(folder):  # root may read whatever its mode says
+        if str(folder).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"inner cannot be read: Permission denied"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_above_the_limit_is_refused_by_name(kind, tmp_path):
+    write, source_type = KINDS[kind]
+    write(tmp_path)
+    size = max(len(text.encode()) for text in TEXTS)
+    assert list(open_source(tmp_path, max_document_bytes=size)) == TEXTS
+    place = {"txt": r"013.txt", "jsonl": r"a.jsonl:14", "parquet": r"a.parquet:13", "datasets": r":13"}
+    with pytest.raises(
+        DataError, match=rf"{place.get(kind, '013.json')} is a document of {size} bytes, max_document_bytes"
+    ):
+        list(open_source(tmp_path, max_document_bytes=size - 1))
+    with pytest.raises(DataError, match=r"max_document_bytes=0 must be 1 or more"):
+        open_source(tmp_path, max_document_bytes=0)
+    assert source_type(tmp_path).max_document_bytes == 16 * 2**20
+
+
+def test_names_cannot_steer_the_terminal(tmp_path):
+    write_tar(tmp_path / "a\x1b[2J.tar", [("b\x07\n.json", b"{")])
+    with pytest.raises(DataError) as raised:
+        list(open_source(tmp_path))
+    assert r"a\x1b[2J.tar:b\x07\n.json: not JSON" in str(raised.value)
+    assert str(raised.value).isprintable()
 
 
 def test_a_part_names_its_files_and_range(tmp_path):

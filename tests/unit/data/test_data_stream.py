@@ -14,7 +14,8 @@ from loopline.data_pipeline.batch import global_batch_sha256
 from loopline.data_pipeline.digest import stream_digest
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import LaneStream, record_order, seeded_permutation
-from loopline.data_pipeline.shards import SplitReader, _npy_header
+from loopline.data_pipeline.record_arrays import npy_header
+from loopline.data_pipeline.shards import SplitReader
 from loopline.data_pipeline.stream import GlobalBatchStream
 
 N_LANES = 4
@@ -174,7 +175,7 @@ def test_a_header_that_another_tool_wrote_differently_is_read_as_well(copy, n_lo
     at, n_tokens = shard.records[0].tokens_offset, shard.records[0].n_tokens
     with (copy.folder / shard.name).open("r+b") as file:
         file.seek(at)
-        assert file.read(128) == _npy_header(np.dtype("<u2"), n_tokens)
+        assert file.read(128) == npy_header(np.dtype("<u2"), n_tokens)
         other = f"{{'shape': ({n_tokens},), 'fortran_order': False, 'descr': '<u2'}}"
         data = file.read(2 * n_tokens)
         file.seek(at + 8)

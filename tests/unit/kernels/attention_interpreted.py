@@ -194,19 +194,17 @@ def skipped(dtype: torch.dtype) -> Figures:
 def tile_lists(dtype: torch.dtype) -> Figures:
     """Pieces of rows listed with other tiles than those in which the dense mask has an entry."""
     from loopline.kernels.attention import launch
-    from loopline.kernels.tables import boundaries_on, pieces_on
+    from loopline.kernels.tables import on_host, pieces_on
 
     bounds, tile = [0, 1, 300, 557], Tile(64, 32, 4, 1)
-    boundaries = boundaries_on(tuple(bounds), torch.device("cpu"))
     pieces = pieces_on(tuple(bounds), tile.rows, torch.device("cpu"))
-    blocks = pieces_on(tuple(bounds), 256, torch.device("cpu"))
     found = {}
     for window, is_query in ((0, True), (0, False), (40, True), (40, False)):
         shape = Shape(bounds, window=window or None, bits=clustered_bits)
         bitmask = shape.make(dtype)[1]
         visible = shape.visible(bitmask)
-        bits = bitmask if is_query else launch._transposed(bitmask, boundaries, blocks, 299, window)
-        lists = launch._tile_lists(bits, boundaries, pieces, 299, window, tile, is_query=is_query)
+        row = launch._Row(torch.empty(1, 557), bitmask, on_host(bounds), window or None)
+        lists = row.tile_lists(bitmask if is_query else row.transposed(bitmask), pieces, tile, is_query=is_query)
         different = 0
         for (document, piece), listed, count in zip(pieces.tolist(), lists["p_list"], lists["p_count"]):
             start, end = bounds[document : document + 2]
@@ -253,16 +251,14 @@ def strided(dtype: torch.dtype) -> Figures:
 def traced(dtype: torch.dtype) -> Figures:
     """torch's own checks of the op; then, of a compiled function and an eager one, results that differ in any bit."""
     from loopline.kernels.attention import launch
-    from loopline.kernels.tables import boundaries_on, pieces_on
+    from loopline.kernels.tables import on_host
 
-    bounds, device = [0, 40, 47], torch.device("cpu")
-    tables = [boundaries_on(tuple(bounds), device)]
-    tables += [pieces_on(tuple(bounds), length, device) for length in (64, 32, 32, 256)]
-    for window, bits in ((0, None), (9, random_bits)):
+    bounds = [0, 40, 47]
+    for window, bits in ((None, None), (9, random_bits)):
         inputs, bitmask = Shape(bounds, bits=bits).make(dtype)
         leaves = [x.requires_grad_() for x in inputs]
-        options = {"longest": 40, "window": window, "scale": 0.25, "tiles": SMALL.numbers()}
-        torch.library.opcheck(launch.attention_fwd, (*leaves, bitmask, *tables), options)
+        options = {"window": window, "scale": 0.25, "tiles": SMALL.numbers()}
+        torch.library.opcheck(launch.attention_fwd, (*leaves, bitmask, on_host(bounds)), options)
 
     shape = Shape(PACKED, window=17, bits=random_bits)
     inputs, bitmask = shape.make(dtype)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from loopline.models.context import RowContext
 from loopline.models.looped_lm import LoopedLM, run_step
@@ -19,7 +20,7 @@ from tests.tolerances import rms_ratio
 from tests.unit.kernels.interpreted import Figures, report
 from tests.unit.models.model_cases import make_config, moved_model
 
-CU_SEQLENS = [0, 1, 66, 97]
+ROWS = [[0, 1, 66, 70], [0, 70], [0, 4, 5, 69, 70]]
 HEADS = {"n_heads": 2, "n_kv_heads": 1, "d_head": 16}
 SETTINGS = {
     "gdn": GatedDeltaConfig(n_heads=2, d_head_k=32, d_head_v=64),
@@ -35,13 +36,11 @@ def model_on(mixer: str, backend: str, dtype: torch.dtype) -> LoopedLM:
     return moved_model(make_config(pattern=mixer, n_loops=2, **{mixer: settings}), dtype)
 
 
-def results(model: LoopedLM, *, is_compiled: bool) -> dict[str, Tensor]:
+def results(model: LoopedLM, cu_seqlens: list[int]) -> dict[str, Tensor]:
     """Output of the looped blocks and every gradient, an indexer's of its own loss with them."""
-    row = RowContext(Packing.of(CU_SEQLENS, "cpu"), n_loops=2, auxiliary_scale=0.1)
+    row = RowContext(Packing.of(cu_seqlens, "cpu"), n_loops=2, auxiliary_scale=0.1)
     generator = torch.Generator().manual_seed(5)
-    h = x = torch.randn(1, CU_SEQLENS[-1], model.config.d_model, generator=generator).requires_grad_()
-    if is_compiled:
-        model.run_step = torch.compile(run_step, fullgraph=True, backend="aot_eager")
+    h = x = torch.randn(1, cu_seqlens[-1], model.config.d_model, generator=generator).requires_grad_()
     for loop_idx in range(2):
         h = model.run_blocks(h, loop_idx, row)
     upstream = torch.randn(h.shape, generator=generator)
@@ -50,22 +49,30 @@ def results(model: LoopedLM, *, is_compiled: bool) -> dict[str, Tensor]:
     return {"o": h.detach(), **{n: g for n, g in zip(["x", *used], gradients) if g is not None}}
 
 
+def ratios(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
+    """RMS error ratio of the output, and of all gradients together."""
+    assert found.keys() == expected.keys()
+    scaled = [
+        torch.cat([(r[key] / expected[key].square().mean().sqrt()).flatten() for key in expected if key != "o"])
+        for r in (found, expected)
+    ]
+    return rms_ratio(found["o"], expected["o"]), rms_ratio(*scaled)
+
+
 def figures(mixer: str, dtype: torch.dtype) -> Figures:
-    """RMS error ratio of the output and of all parameters' gradients together; the same of the compiled blocks."""
-    expected = results(model_on(mixer, "reference", dtype), is_compiled=False)
-    found = {
-        name: results(model_on(mixer, "triton", dtype), is_compiled=name == "compiled") for name in ("eager", "compiled")
-    }
-    together = {}
-    for name, result in found.items():
-        assert result.keys() == expected.keys()
-        together[f"{name} o"] = rms_ratio(result["o"], expected["o"])
-        scaled = [
-            torch.cat([(r[key] / expected[key].square().mean().sqrt()).flatten() for key in expected if key != "o"])
-            for r in (result, expected)
-        ]
-        together[f"{name} gradients"] = rms_ratio(*scaled)
-    return together
+    """Errors of the blocks on our kernels; the same of compiled blocks, the worst of several rows; and the graphs that
+    were compiled for rows beyond the second."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    eager, compiled = model_on(mixer, "triton", dtype), model_on(mixer, "triton", dtype)
+    compiled.run_step = torch.compile(run_step, fullgraph=True, backend=graphs)
+    expected = results(model_on(mixer, "reference", dtype), ROWS[0])
+    found = dict(zip(("eager o", "eager gradients"), ratios(results(eager, ROWS[0]), expected)))
+    errors, n_graphs = [], []
+    for cu_seqlens in ROWS:
+        errors.append(ratios(results(compiled, cu_seqlens), results(eager, cu_seqlens)))
+        n_graphs.append(graphs.frame_count)
+    worst = dict(zip(("compiled o", "compiled gradients"), map(max, zip(*errors))))
+    return {**found, **worst, "graphs of other rows": float(n_graphs[-1] - n_graphs[1])}
 
 
 CASES = [(mixer, "fp32") for mixer in SETTINGS]

@@ -1,7 +1,9 @@
 """Inputs of DeepSeek sparse attention, real-valued or on a grid where scores are exact and ties are many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,3 +90,34 @@ def attention_results(op: Callable[..., Tensor], inputs: Inputs, *args: object, 
     projection = torch.randn(o.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     gradients = torch.autograd.grad((o * projection).sum(), list(leaves.values()))
     return {"o": o.detach()} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
+
+
+def special_index() -> tuple[dict[str, Tensor], int]:
+    """An indexer's tensors whose scores are given outright, and its tokens: both zeros, infinities, NaN, the smallest
+    and largest numbers, each several times."""
+    tiny, largest = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    values = [0.0, -0.0, 1.0, -1.0, 1.0000001, -1.0000001, tiny, -tiny, largest, -largest, torch.inf, -torch.inf]
+    scores = torch.tensor([*values, torch.nan] * 6)[torch.randperm(78)]
+    # relu(s) - relu(-s) = s
+    index = {
+        "q_index": torch.tensor([1.0, -1.0])[:, None].expand(1, 78, 2, 1),
+        "k_index": scores[None, :, None],
+        "weights": torch.tensor([1.0, -1.0]).expand(1, 78, 2),
+    }
+    return index, 78
+
+
+@contextmanager
+def poisoned_integers() -> Iterator[None]:
+    """Inside, `new_empty` of integers holds the highest, so that a score nobody wrote is chosen."""
+    allocate = torch.Tensor.new_empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        fresh = allocate(*arguments, **options)
+        return fresh if fresh.is_floating_point() else fresh.fill_(torch.iinfo(fresh.dtype).max)
+
+    torch.Tensor.new_empty = poisoned  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = allocate  # type: ignore[method-assign]

@@ -21,13 +21,27 @@ from loopline.kernels.dsa.tiles import IndexTiles, Tile
 from loopline.models.context import RowContext
 from loopline.models.packing import Packing
 from tests.tolerances import rms_ratio
-from tests.unit.kernels.dsa_cases import Inputs, attention_results, make_inputs
+from tests.unit.kernels.dsa_cases import (
+    Inputs,
+    attention_results,
+    make_inputs,
+    poisoned_integers,
+    special_index,
+)
 from tests.unit.kernels.interpreted import DTYPES, Case, Figures, Key, figures, report
 from tests.unit.small_mixers import SMALL
 
 LARGE = Tile(64, 256, 4, 1)
-QUICK = IndexTiles(LARGE, LARGE, LARGE, Tile(128, 256, 4, 1), Tile(64, 64, 4, 1))
-NARROW = IndexTiles(Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1))
+QUICK = IndexTiles(LARGE, LARGE, LARGE, LARGE, Tile(128, 256, 4, 1), Tile(64, 64, 4, 1))
+NARROW = IndexTiles(
+    scores=Tile(64, 128, 4, 1),
+    choose=Tile(32, 32, 4, 1),
+    lse=Tile(64, 64, 4, 1),
+    loss=Tile(64, 64, 4, 1),
+    dq=Tile(64, 32, 4, 1),
+    dk=Tile(32, 64, 4, 1),
+)
+DIGITS = replace(QUICK, choose=Tile(1, 2048, 4, 1))
 PACKED = [1, 63, 1, 130, 2]
 # Documents; index heads; their size; keys to choose; tiles.
 CHOICES: dict[str, tuple[list[int], int, int, int, IndexTiles]] = {
@@ -40,6 +54,10 @@ CHOICES: dict[str, tuple[list[int], int, int, int, IndexTiles]] = {
     "many_heads": ([70], 16, 64, 17, QUICK),
     "packed": (PACKED, 3, 96, 7, QUICK),
     "several_workspaces": ([530, 70], 1, 16, 33, QUICK),
+    "unlike_documents": ([5, 400, 1, 1, 90, 64, 64], 1, 16, 33, NARROW),
+    "by_digits": ([257], 3, 16, 40, DIGITS),
+    "by_digits_packed": (PACKED, 3, 16, 7, DIGITS),
+    "by_digits_in_turns": ([150], 3, 16, 40, replace(DIGITS, choose=Tile(1, 64, 4, 1))),
 }
 
 
@@ -73,7 +91,8 @@ def exact_choice(name: str, dtype: torch.dtype) -> Figures:
     lengths, n_heads, d_index, top_k, tiles = CHOICES[name]
     inputs = make_inputs(lengths, n_index_heads=n_heads, d_index=d_index, is_grid=True)
     index = index_of(inputs, dtype)
-    bits = select_bits(**index, top_k=top_k, cu_seqlens=inputs.cu_seqlens, workspace_bytes=0, tiles=tiles)
+    with poisoned_integers():
+        bits = select_bits(**index, top_k=top_k, cu_seqlens=inputs.cu_seqlens, workspace_bytes=0, tiles=tiles)
     selection = op.select(**index, top_k=top_k, cu_seqlens=inputs.cu_seqlens)
     return {"different": n_different(bits, selection, inputs.cu_seqlens)}
 
@@ -91,20 +110,12 @@ def own_tiles_choice(dtype: torch.dtype) -> Figures:
     return {name: n_different(x, selection, bounds) for name, x in (("different", through), ("different_long", long))}
 
 
-def special_scores(dtype: torch.dtype) -> Figures:
-    """Scores given outright: both zeros, infinities, NaN, the smallest and largest numbers, each several times."""
-    tiny, largest = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-    values = [0.0, -0.0, 1.0, -1.0, 1.0000001, -1.0000001, tiny, -tiny, largest, -largest, torch.inf, -torch.inf]
-    scores = torch.tensor([*values, torch.nan] * 6)[torch.randperm(78)]
-    # relu(s) - relu(-s) = s
-    index = {
-        "q_index": torch.tensor([1.0, -1.0])[:, None].expand(1, 78, 2, 1),
-        "k_index": scores[None, :, None],
-        "weights": torch.tensor([1.0, -1.0]).expand(1, 78, 2),
-    }
+def special_scores(tiles: IndexTiles, dtype: torch.dtype) -> Figures:
+    """Both zeros, infinities, NaN, the smallest and largest numbers."""
+    index, n_tokens = special_index()
     different = 0.0
-    with tiles_of(QUICK):
-        for top_k, bounds in itertools.product((1, 5, 13, 40, 77), ([0, 78], [0, 30, 78])):
+    with tiles_of(tiles):
+        for top_k, bounds in itertools.product((1, 5, 13, 40, 77), ([0, n_tokens], [0, 30, n_tokens])):
             bits = op.select(**index, top_k=top_k, cu_seqlens=bounds, backend="triton")
             different += n_different(bits, op.select(**index, top_k=top_k, cu_seqlens=bounds), bounds)
     return {"different": different}
@@ -281,14 +292,14 @@ def nan_is_seen(dtype: torch.dtype) -> Figures:
 
 
 def repeated(dtype: torch.dtype) -> Figures:
-    """Tensors that differ in any bit between two runs."""
+    """Tensors that differ in any bit between two runs, or between two ways to choose."""
     inputs, _ = loss_inputs(([1, 70], (2, 1, 16), (3, 16), None, QUICK), dtype)
     runs = []
-    with tiles_of(QUICK):
-        for _ in range(2):
+    for tiles in (QUICK, QUICK, DIGITS):
+        with tiles_of(tiles):
             bits = op.select(**inputs.index, top_k=7, cu_seqlens=inputs.cu_seqlens, backend="triton")
             runs.append([bits.words, *loss_of(inputs, bits), *loss_of(inputs, None)])
-    return {"different": float(sum(not torch.equal(a, b) for a, b in zip(*runs)))}
+    return {"different": float(sum(not torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)))}
 
 
 def strided(dtype: torch.dtype) -> Figures:
@@ -306,16 +317,14 @@ def strided(dtype: torch.dtype) -> Figures:
 def traced(dtype: torch.dtype) -> Figures:
     """torch's own checks of the ops; then, of a compiled function and an eager one, results that differ in any bit."""
     from loopline.kernels.dsa import launch
-    from loopline.kernels.tables import boundaries_on, first_pieces_on, pieces_on
+    from loopline.kernels.tables import on_host
 
     inputs, selection = loss_inputs(([40, 7], (2, 1, 16), (3, 16), 9, QUICK), dtype)
-    bounds, cpu = tuple(inputs.cu_seqlens), torch.device("cpu")
-    index, tables = list(inputs.index.values()), [boundaries_on(bounds, cpu), pieces_on(bounds, 64, cpu)]
-    torch.library.opcheck(launch.sparse_index_select, (*index, *tables, 9, 40, 0, QUICK.numbers()))
-    tables += [first_pieces_on(bounds, 64, cpu), pieces_on(bounds, QUICK.dk.rows, cpu)]
+    index, bounds = list(inputs.index.values()), on_host(inputs.cu_seqlens)
+    torch.library.opcheck(launch.sparse_index_select, (*index, bounds, 9, 0, QUICK.numbers()))
     words = Bitmask.from_positions(selection, inputs.cu_seqlens).words
     for given in (words, None):
-        arguments = (inputs.q, inputs.k, torch.zeros(2, 47), given, *index, *tables, 40, 0.25, 1, 0, 0, QUICK.numbers())
+        arguments = (inputs.q, inputs.k, torch.zeros(2, 47), given, *index, bounds, 0.25, 1, 0, 0, QUICK.numbers())
         torch.library.opcheck(launch.sparse_index_loss, arguments)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -412,7 +421,8 @@ COMPARED: dict[str, tuple[Run, set[str]]] = {
 EXACT: dict[str, Run] = {
     **{f"choice_{name}": partial(exact_choice, name) for name in CHOICES},
     "choice_own_tiles": own_tiles_choice,
-    "choice_special_scores": special_scores,
+    "choice_special_scores": partial(special_scores, QUICK),
+    "choice_special_scores_by_digits": partial(special_scores, DIGITS),
     "loss_single_keys": single_keys,
     "loss_nan": nan_is_seen,
     "attention_of_lists_and_of_bits": attention_of_lists_and_of_bits,

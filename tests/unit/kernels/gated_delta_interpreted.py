@@ -174,24 +174,20 @@ def operator_contract(dtype: torch.dtype) -> Figures:
     A row that is cut has outputs that a whole one has not, and one with states some that one without has not; only in
     bf16 is an output in q's dtype no fp32 one.
     """
-    from loopline.kernels.gated_delta import launch
+    from loopline.kernels.gated_delta import launch  # noqa: F401 - registers the ops
+    from loopline.kernels.tables import on_host
 
     ops = torch.ops.loopline
     failures: dict[str, Any] = {}
     for segment_chunks, rounded, is_whole in ((1, dtype, True), (2, torch.bfloat16, True), (2, dtype, False)):
         case = make_case([0, 65], heads=(1, 2), segment_chunks=segment_chunks, normalize=True, has_state=is_whole)
         inputs = {name: x.to(rounded if name in case.rounded else x.dtype) for name, x in case.inputs.items()}
-        arguments = launch.arguments(
-            **{"initial_state": None, **inputs},
-            **case.options,
-            normalize=True,
-            output_final_state=is_whole,
-            segment_chunks=segment_chunks,
-        )
-        *tensors, scale, normalize, longest, _ = arguments
+        tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "beta", "initial_state")]
+        row = (on_host(case.options["cu_seqlens"]), case.options["scale"], True)
+        arguments = (*tensors, *row, is_whole, segment_chunks)
         o, final_state, before, maps = ops.gated_delta_fwd(*arguments)
         d_final = final_state if is_whole else None
-        backward = (o, d_final, *tensors[:6], before, maps, *tensors[6:], scale, normalize, longest)
+        backward = (o, d_final, *tensors, before, maps, *row, segment_chunks)
         leaves = tuple(
             x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
         )

@@ -3,6 +3,7 @@
 Run as `python -m tests.unit.kernels.gather_interpreted` from the root with TRITON_INTERPRET=1: one line of JSON a case.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from loopline.kernels.attention.reference import dense_attention
+from loopline.kernels.dsa.gather_reference import SCORERS, tile_lists
 from loopline.kernels.dsa.gather_reference import gather_attention as reference
-from loopline.kernels.dsa.gather_reference import tile_lists
+from loopline.kernels.dsa.tiles import IndexTiles, Tile, index_tiles
 from tests.tolerances import rms_ratio
+from tests.unit.kernels.dsa_cases import make_inputs, poisoned_integers, special_index
 from tests.unit.kernels.interpreted import Case, Figures, figures, report
 
 
@@ -164,18 +167,15 @@ def unlisted_keys(dtype: torch.dtype) -> Figures:
 def registered(dtype: torch.dtype) -> Figures:
     """opcheck of both custom ops: schema, fake tensors, autograd registration, AOT autograd."""
     from loopline.kernels.dsa.gather_launch import _backward, _forward
-    from loopline.kernels.tables import boundaries_on, pieces_on
+    from loopline.kernels.tables import on_host
 
     shape = Shape((21,), tile=8, top_k=4, n_heads=2)
-    cu_seqlens = tuple(shape.cu_seqlens)
     q, k, v = (x.to(dtype) for x in shape.qkv().values())
-    device = torch.device("cpu")
-    tables = shape.lists(), pieces_on(cu_seqlens, 8, device), boundaries_on(cu_seqlens, device)
-    rest = (8, 0.25, 2**20)
-    o, lse = _forward(q, k, v, *tables, *rest)
+    rest = (shape.lists(), on_host(shape.cu_seqlens), 8, 0.25, 2**20)
+    o, lse = _forward(q, k, v, *rest)
     leaves = (x.clone().requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(_forward, (*leaves, *tables, *rest))
-    torch.library.opcheck(_backward, (torch.ones_like(o), torch.ones_like(lse), q, k, v, o, lse, *tables, *rest))
+    torch.library.opcheck(_forward, (*leaves, *rest))
+    torch.library.opcheck(_backward, (torch.ones_like(o), torch.ones_like(lse), q, k, v, o, lse, *rest))
     return {"opcheck": 0.0}
 
 
@@ -183,6 +183,76 @@ def compiled(dtype: torch.dtype) -> Figures:
     """In one graph, forward and backward."""
     run = torch.compile(op, fullgraph=True, backend="aot_eager")
     return difference(results(dtype, run), results(dtype))
+
+
+SCORES = Tile(64, 256, 4, 1)
+QUICK = IndexTiles(SCORES, *[SCORES] * 5)
+# Documents; tokens of a tile; keys to list; index heads.
+LISTS: dict[str, tuple[list[int], int, int, int]] = {
+    "one_token": ([1], 16, 4, 3),
+    "one_token_documents": ([1, 1, 1], 4, 2, 3),
+    "documents": ([1, 63, 1, 130, 2], 16, 20, 3),
+    "tile_no_power_of_two": ([130, 7], 12, 9, 1),
+    "tile_of_five": ([97], 5, 17, 3),
+    "tile_of_one": ([20, 3], 1, 5, 3),
+    "tile_above_a_piece": ([257, 30], 100, 33, 3),
+    "one_key": ([63], 8, 1, 3),
+    "all_of_the_past": ([70, 1], 16, 1000, 3),
+    "several_workspaces": ([530, 70], 16, 33, 1),
+}
+
+
+def listed(name: str, scored_by: str, dtype: torch.dtype) -> Figures:
+    """Scores that are small integers, exact in any form and often equal: slots that differ from torch's lists."""
+    from loopline.kernels.dsa.tile_launch import tile_lists_by_kernels
+
+    lengths, tile, top_k, n_heads = LISTS[name]
+    inputs = make_inputs(lengths, n_index_heads=n_heads, d_index=16, is_grid=True)
+    index = {name: x if name == "weights" else x.to(dtype) for name, x in inputs.index.items()}
+    row = {"top_k": top_k, "tile": tile, "cu_seqlens": inputs.cu_seqlens}
+    with poisoned_integers():
+        found = tile_lists_by_kernels(**index, **row, is_past=scored_by == "past", workspace_bytes=0, tiles=QUICK)
+    return different(found, tile_lists(**index, **row, scored_by=scored_by))
+
+
+def different(found: Tensor, expected: Tensor) -> Figures:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    return {"different": float((found != expected).sum())}
+
+
+def lists_of_own_tiles(dtype: torch.dtype) -> Figures:
+    """Through the public function, with the tiles a GPU gets; inputs that are views."""
+    inputs = make_inputs([70, 7], d_index=16, is_grid=True)
+    index = {name: torch.stack([x.to(dtype)] * 2, dim=-1)[..., 1] for name, x in inputs.index.items()}
+    row = {"top_k": 9, "tile": 16, "cu_seqlens": inputs.cu_seqlens, "scored_by": "past"}
+    return different(tile_lists(**index, **row, backend="triton"), tile_lists(**index, **row))
+
+
+def lists_of_special_scores(dtype: torch.dtype) -> Figures:
+    """Both zeros, infinities, NaN, the smallest and largest numbers, in fp32."""
+    from loopline.kernels.dsa.tile_launch import tile_lists_by_kernels
+
+    index, n_tokens = special_index()
+    total = 0.0
+    for top_k, bounds in itertools.product((1, 13, 40), ([0, n_tokens], [0, 30, n_tokens])):
+        row = {"top_k": top_k, "tile": 8, "cu_seqlens": bounds}
+        found = tile_lists_by_kernels(**index, **row, is_past=True, tiles=QUICK)
+        total += different(found, tile_lists(**index, **row, scored_by="past"))["different"]
+    return {"different": total}
+
+
+def lists_repeated(dtype: torch.dtype) -> Figures:
+    """Real scores, twice, the second time in a graph; and torch's own checks of the op."""
+    from loopline.kernels.dsa.tile_launch import sparse_tile_lists
+    from loopline.kernels.tables import on_host
+
+    inputs = make_inputs([50, 3], d_index=16)
+    index = [x if name == "weights" else x.to(dtype) for name, x in inputs.index.items()]
+    numbers = index_tiles(16, dtype.itemsize, 50).numbers()
+    torch.library.opcheck(sparse_tile_lists, (*index, on_host(inputs.cu_seqlens), 9, 16, True, 0, numbers))
+    row = {"top_k": 9, "tile": 16, "cu_seqlens": inputs.cu_seqlens, "scored_by": "past", "backend": "triton"}
+    run = partial(tile_lists, **row)
+    return different(torch.compile(run, fullgraph=True, backend="aot_eager")(*index), run(*index))
 
 
 OUTPUTS = {"o", "dq", "dk", "dv"}
@@ -200,6 +270,14 @@ EXACT: dict[str, tuple[Callable[[torch.dtype], Figures], set[str]]] = {
     "unlisted_keys": (unlisted_keys, {"dk_unlisted", "dv_unlisted", "is_dv_of_a_listed_key_zero"}),
     "registered": (registered, {"opcheck"}),
     "compiled": (compiled, OUTPUTS | {"lse"}),
+    **{
+        f"lists_{name}_{scored_by}": (partial(listed, name, scored_by), {"different"})
+        for name in LISTS
+        for scored_by in SCORERS
+    },
+    "lists_own_tiles": (lists_of_own_tiles, {"different"}),
+    "lists_special_scores": (lists_of_special_scores, {"different"}),
+    "lists_repeated": (lists_repeated, {"different"}),
 }
 
 if __name__ == "__main__":

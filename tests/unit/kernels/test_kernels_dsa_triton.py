@@ -1,6 +1,7 @@
 """DeepSeek sparse attention on our Triton kernels agrees with torch on a CPU: choices to the bit, the loss and every
 gradient within rounding; and refuses what no kernel serves."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from loopline.kernels.dsa import op
 from loopline.kernels.dsa.bitmask import Bitmask, n_words
+from loopline.kernels.dsa.launch import LOSS_BYTES, SELECT_BYTES
+from loopline.kernels.dsa.workspace import MIN_PIECES, MOST_PROGRAMS, chunks, stored_queries, stored_tiles
 from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES
 
@@ -66,24 +69,67 @@ def test_a_block_agrees_with_the_same_on_the_reference(
     assert all(ratio <= TOLERANCES[dtype, "op"] for ratio in figures.values()), figures
 
 
-@pytest.mark.parametrize("workspace_bytes", [0, 2**25, 2**27])
-@pytest.mark.parametrize("n_tokens", [1, 4096, 131072])
-def test_scores_held_at_once_are_bounded_however_many_queries_there_are(n_tokens: int, workspace_bytes: int) -> None:
-    from loopline.kernels.dsa.launch import _Scores
-    from loopline.kernels.dsa.tiles import index_tiles
+def bounds_of(lengths: list[int]) -> tuple[int, ...]:
+    return tuple(itertools.accumulate([0, *lengths]))
 
-    index = (torch.empty(1, n_tokens, 4, 64, device="meta"), *[torch.empty(0, device="meta")] * 3)
-    n_pieces = -(-n_tokens // 64)
-    pieces = torch.empty(n_pieces, 2, device="meta", dtype=torch.int32)
-    scores = _Scores(*index, pieces, n_tokens, index_tiles(64, 2, n_tokens).scores, torch.float32)
-    held, total = 0, 0
-    for chunk in scores.chunks(n_pieces, workspace_bytes, 1, 0):
-        assert chunk.first == total
-        assert chunk.n_pieces * 64 <= scores.workspace.shape[0]
-        held, total = max(held, scores.workspace.nbytes), total + chunk.n_pieces
-    assert total == n_pieces
-    assert held <= max(workspace_bytes, 512 * 4 * max(n_tokens, 128))
-    assert n_tokens < 131072 or held <= n_tokens**2 * 4 / 128
+
+ROWS = {
+    "one token": [1],
+    "4096": [4096],
+    "131072": [131072],
+    "unlike": [65536, *[8192] * 8],
+    "a long one, then many short": [65536, *[64] * 1024],
+    "odd": [1, 63, 1, 130, 2, 9999, 1],
+}
+
+
+@pytest.mark.parametrize("room", [0, 2**10, 2**12])
+@pytest.mark.parametrize("row", ROWS)
+def test_scores_held_at_once_are_bounded_however_many_queries_there_are(row: str, room: int) -> None:
+    stored = stored_queries(bounds_of(ROWS[row]), 128, 1, 0)
+    widths = [after[2] - piece[2] for piece, after in itertools.pairwise(stored)]
+    first = 0
+    for chunk in chunks(stored, room):
+        held = widths[chunk.first : chunk.first + chunk.n_pieces]
+        assert chunk == (first, len(held), max(held), sum(held))
+        assert chunk.n_pieces <= MIN_PIECES or (chunk.n_tiles <= room and len(held) * max(held) <= MOST_PROGRAMS)
+        first += chunk.n_pieces
+    assert first == len(widths)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_scores_take_the_past_of_each_document_and_no_more(row: str) -> None:
+    bounds = bounds_of(ROWS[row])
+    stored = stored_queries(bounds, 128, 1, 0)
+    expected = [
+        (document, first // 64, -(-min(first + 64, length) // 128))
+        for document, length in enumerate(ROWS[row])
+        for first in range(0, length, 64)
+    ]
+    found = [(a[0], a[1], b[2] - a[2]) for a, b in itertools.pairwise(stored)]
+    assert found == expected
+    for offset in range(3):
+        sampled = stored_queries(bounds, 128, 3, offset)
+        assert [(a[0], a[1], b[2] - a[2]) for a, b in itertools.pairwise(sampled)] == expected[offset::3]
+
+
+def test_a_row_of_unlike_documents_takes_few_launches() -> None:
+    """With the width of the longest document for all rows, as it was, each takes 256."""
+    stored = stored_queries(bounds_of(ROWS["unlike"]), 128, 1, 0)
+    assert [len(chunks(stored, n_bytes // (4 * 64 * 128))) for n_bytes in (SELECT_BYTES, LOSS_BYTES)] == [147, 76]
+
+
+@pytest.mark.parametrize("tile", [1, 12, 16, 100])
+@pytest.mark.parametrize("lengths", [[1], [257], [1, 63, 1, 130, 2]], ids=str)
+def test_scores_of_tiles_take_what_is_before_each_tile(lengths: list[int], tile: int) -> None:
+    together = max(1, 64 // tile)
+    stored = stored_tiles(bounds_of(lengths), 128, tile, together)
+    expected = [
+        (document, i // together, -(-tile * (min(i + together, n_tiles) - 1) // 128))
+        for document, n_tiles in enumerate(-(-length // tile) for length in lengths)
+        for i in range(0, n_tiles, together)
+    ]
+    assert [(a[0], a[1], b[2] - a[2]) for a, b in itertools.pairwise(stored)] == expected
 
 
 # Refusals: made before a kernel is launched, so in a process that could not run one.

@@ -15,6 +15,7 @@ from loopline.kernels.dsa.gather_launch import _slab, gather_attention
 from loopline.kernels.dsa.gather_reference import gather_attention as reference
 from loopline.kernels.dsa.gather_reference import tile_lists, tile_selection
 from loopline.kernels.dsa.gather_tiles import backward_tiles, forward_tiles, max_rows
+from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES, rms_ratio
 
 KINDS = {"fp32": "op", "bf16": "interpreted_kernel"}
@@ -225,6 +226,7 @@ def test_bad_arguments_are_refused(changed: dict[str, object], message: str) -> 
         ({"scored_by": "mean"}, "scored_by is 'mean'; it must be one of past, own"),
         ({"cu_seqlens": [0, 7]}, "must rise from 0 to T = 8"),
         ({"weights": torch.zeros(1, 8, 2)}, r"weights \(1, 8, 2\)"),
+        ({"weights": torch.zeros(1, 8, 3).half(), "backend": "triton"}, "weights torch.float16"),
     ],
 )
 def test_bad_arguments_of_lists_are_refused(changed: dict[str, object], message: str) -> None:
@@ -232,3 +234,9 @@ def test_bad_arguments_of_lists_are_refused(changed: dict[str, object], message:
     good = {**inputs.index, "top_k": 2, "tile": 4, "cu_seqlens": [0, 8], "scored_by": "past"}
     with pytest.raises(ValueError, match=message):
         tile_lists(**{**good, **changed})
+
+
+def test_an_unknown_backend_of_lists_is_refused_with_those_known() -> None:
+    inputs = make_inputs([8])
+    with pytest.raises(BackendError, match=r"'fla' is unknown; known: triton, reference"):
+        tile_lists(**inputs.index, top_k=2, tile=4, cu_seqlens=[0, 8], scored_by="past", backend="fla")

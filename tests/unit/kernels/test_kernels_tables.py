@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 
-from loopline.kernels.tables import boundaries_on, first_pieces_on, kept, pieces_by_work_on, pieces_on
+from loopline.kernels.tables import (
+    boundaries_on,
+    first_pieces_on,
+    kept,
+    numbers_of,
+    on_host,
+    pieces_by_work_on,
+    pieces_on,
+)
 
 CPU = torch.device("cpu")
 ROWS = [(0, 1), (0, 64), (0, 65), (0, 1, 2, 130, 194), (0, 63, 64, 191)]
@@ -35,26 +43,25 @@ def test_late_queries_and_early_keys_go_first() -> None:
     assert pieces_by_work_on((0, 1, 130), 64, True, CPU).tolist() == [[0, 0], [1, 0], [1, 1], [1, 2]]
 
 
-def test_a_table_is_built_once_and_is_one_operator_of_a_graph() -> None:
+def test_a_table_is_built_once() -> None:
     built = []
 
     @kept
     def table_of_this_test(cu_seqlens: tuple[int, ...], length: int) -> list[int]:
-        built.append(cu_seqlens)
+        built.append((cu_seqlens, length))
         return list(range(length))
 
-    def use(x: torch.Tensor) -> torch.Tensor:  # one kind twice, in one size and in another
-        first, again = (table_of_this_test((0, 7), 3, CPU) for _ in range(2))
-        return (x + first + again) * table_of_this_test((0, 7), 4, CPU)[:3]
-
-    eager = use(torch.ones(3))
-    x = torch.ones(3, requires_grad=True)
-    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")(x)
-    assert compiled.tolist() == eager.tolist() == [0, 3, 10]
-    (gradient,) = torch.autograd.grad(compiled.sum(), x)
-    assert gradient.tolist() == [0, 1, 2]
-    assert built == [(0, 7)] * 2
     assert table_of_this_test((0, 7), 3, CPU) is table_of_this_test((0, 7), 3, CPU)
+    assert table_of_this_test((0, 7), 4, CPU).tolist() == [0, 1, 2, 3]
+    assert built == [((0, 7), 3), ((0, 7), 4)]
+
+
+@pytest.mark.parametrize("bounds", [[0], [0, 3, 3, 5], [1, 5], [0, 4], [0, 3, 2, 5]])
+def test_boundaries_of_no_row_are_refused_where_an_op_reads_them(bounds: list[int]) -> None:
+    assert numbers_of(on_host([0, 2, 5]), 5) == (0, 2, 5)
+    for _ in range(2):  # what was refused is not remembered as good
+        with pytest.raises(ValueError, match="must rise from 0 to T = 5"):
+            numbers_of(on_host(bounds), 5)
 
 
 def test_a_table_first_asked_for_in_inference_mode_can_be_saved_for_backward() -> None:
