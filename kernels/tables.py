@@ -31,7 +31,9 @@ def kept(build: Callable[..., Numbers]) -> Callable[..., Tensor]:
     @torch.inference_mode(False)  # what a decoder asked for first may be saved for backward later
     def table(*arguments: Any) -> Tensor:
         *rest, device = arguments
-        return torch.tensor(build(*rest), dtype=torch.int32, device=device)
+        numbers = torch.tensor(build(*rest), dtype=torch.int32)
+        # Through pinned memory, so that the host does not wait for what the GPU is doing.
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
     return table
 

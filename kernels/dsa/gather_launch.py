@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries
+from loopline.kernels.backends import check_boundaries, listed
 from loopline.kernels.devices import on_its_device
 from loopline.kernels.dsa.gather_kernels import (
     gather_attention_bwd_sum_kernel,
@@ -65,7 +65,7 @@ def gather_attention(
     """
     _check_attention(q, k, v, tile)
     check_boundaries(cu_seqlens, q.shape[0], q.shape[1])
-    _check_lists(q, lists, len(pieces(tuple(cu_seqlens), tile)))
+    _check_lists(q, lists, len(pieces(tuple(listed(cu_seqlens)), tile)))
     needed = _unit_bytes(lists, k, v)
     if workspace_bytes < needed:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; one tile of one key head needs {needed}")

@@ -78,12 +78,14 @@ class SparseAttention(FullAttention):
         """What scores are made of. A power of the sizes in the head weights keeps scores of order one."""
         n_rope, theta = self.settings.index_d_rope, self.rope_theta
         q = self.index_q_proj(x).unflatten(-1, (-1, self.settings.index_d_head))  # [1, T, HI, DI]
-        k = self.index_k_norm(self.index_k_proj(x))[:, :, None]  # [1, T, 1, DI]
+        k = self.index_k_norm(self.index_k_proj(x))  # [1, T, DI]
         if n_rope:
-            tables = context.packing.rotary(n_rope, theta)
-            q, k = (torch.cat([rotate(y[..., :n_rope], tables), y[..., n_rope:]], dim=-1) for y in (q, k))
+            cos, sin = context.packing.rotary(n_rope, theta)
+            q = torch.cat([rotate(q[..., :n_rope], (cos, sin)), q[..., n_rope:]], dim=-1)
+            # Not a view of keys with an axis of heads: a compiled graph gives that back wrong (docs/log.md).
+            k = torch.cat([rotate(k[..., :n_rope], (cos[:, :, 0], sin[:, :, 0])), k[..., n_rope:]], dim=-1)
         scale = (self.settings.index_n_heads * self.settings.index_d_head) ** -0.5
-        return q, k[:, :, 0], wide(self.index_w_proj(x)) * scale
+        return q, k, wide(self.index_w_proj(x)) * scale
 
     def choose(self, index: Index, context: BlockContext) -> "_Served":
         """This loop's choice, left for the loops it serves. In a recomputed pass it is there already."""
@@ -93,7 +95,8 @@ class SparseAttention(FullAttention):
         q, k, w = index
         backend = self.chosen_backend(q.device)
         selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens, backend=backend)
-        served = _Served(index, selection)
+        # Detached: with its graph it would reach the recomputation's hooks, and they this memory, in a circle.
+        served = _Served((q.detach(), k.detach(), w.detach()), selection)
         earlier = [served for served in context.memory.values() if served.selection is not None]
         if earlier:
             total, count = selection_overlap(earlier[-1].selection, selection)

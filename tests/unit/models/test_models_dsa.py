@@ -1,5 +1,6 @@
 """Sparse attention in the looped model: who trains what, and what loops share."""
 
+import gc
 import itertools
 
 import pytest
@@ -154,6 +155,16 @@ def test_nothing_a_loop_leaves_outlives_the_backward_pass(sharing: str, recomput
     gradients_of(model, row, recompute=recompute)
     assert not any(row.memory.values())
     assert row.sums("indexer_loss")[1] == 3 * sum(LENGTHS)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_forward_pass_without_its_backward_leaves_nothing(recompute: bool) -> None:
+    """As after an exception between the two: a recomputation's hooks hold the memory, and it must not hold them."""
+    gc.collect()
+    n_before = sum(isinstance(each, dsa._Served) for each in gc.get_objects())
+    run(model_of(config_of()), row_of(), tokens_of(1, sum(LENGTHS)), recompute=recompute)
+    gc.collect()
+    assert sum(isinstance(each, dsa._Served) for each in gc.get_objects()) == n_before
 
 
 def test_overlap_of_choices_is_recorded_where_there_are_two() -> None:
