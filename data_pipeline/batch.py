@@ -16,18 +16,19 @@ from loopline.data_pipeline.packing import IGNORED_LABEL, PackedSequence
 class MicroBatch:
     """b sequences laid end to end, as variable-length kernels take them.
 
-    What goes to a device is `rows`, `ignored` and `cu_seqlens`: little more than 2 bytes a token of a small vocabulary.
+    What goes to a device is `rows`, and what says which labels count: little more than 2 bytes a token of a small
+    vocabulary.
 
     Attributes:
         rows: [b, T+1], uint16 or uint32 as stored: the inputs, and the token after them.
-        ignored: [I], int64: places in the b*T labels that do not count.
         cu_seqlens: [N+1], int32, 0 to b*T; no segment crosses a sequence.
-        n_before: [b], int64, as in `Batch`.
+        n_padding, is_cut, n_before: [b], as in `Batch`.
     """
 
     rows: np.ndarray
-    ignored: np.ndarray
     cu_seqlens: np.ndarray
+    n_padding: np.ndarray
+    is_cut: np.ndarray
     n_before: np.ndarray
 
     @property
@@ -38,18 +39,13 @@ class MicroBatch:
     @property
     def labels(self) -> np.ndarray:
         """[1, b*T], int32, -100 where ignored."""
-        return _labels(self.rows, self.ignored).reshape(1, -1)
+        return _labels(self.rows, self.cu_seqlens[1:], self.n_padding, self.is_cut).reshape(1, -1)
 
     @property
     def positions(self) -> np.ndarray:
         """[1, b*T], int32, from 0 in every segment."""
         starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
         return (np.arange(len(starts), dtype=np.int32) - starts)[None]
-
-    @property
-    def n_valid(self) -> int:
-        """Labels that count."""
-        return self.rows.size - len(self.rows) - len(self.ignored)
 
 
 @dataclass(frozen=True)
@@ -58,44 +54,34 @@ class Batch:
 
     Attributes:
         rows: [S, T+1], uint16 or uint32 as stored: the inputs, and the token after them. Labels are the rows from their
-            second token on.
-        ignored: [I], int64: places in the [S, T] labels that do not count, none twice.
+            second token on, but for those of padding and of segments' last inputs.
         segment_ends: S lists: exclusive ends of a sequence's segments, rising to T.
         global_index: [S], int64, rising: the place of each sequence in the global batch.
+        n_padding: [S], int64: inputs at a sequence's end that no document gave, a segment of their own.
+        is_cut: [S], bool: the last segment's document goes on after the sequence, so the last label counts.
         n_before: [S], int64, tokens of the first segment's document that earlier sequences of the lane hold. 0 where a
             sequence begins a document, and with best-fit packing.
-        n_padding: tokens that no document gave.
     """
 
     rows: np.ndarray
-    ignored: np.ndarray
     segment_ends: tuple[Sequence[int], ...]
     global_index: np.ndarray
+    n_padding: np.ndarray
+    is_cut: np.ndarray
     n_before: np.ndarray
-    n_padding: int = 0
 
     @classmethod
     def stack(cls, sequences: Sequence[PackedSequence], global_index: Sequence[int] | np.ndarray) -> "Batch":
         """A batch of S >= 1 sequences of one length, by the rules of `packing.py`."""
         parts, segment_ends, n_padding, is_cut, n_before = zip(*sequences)
         rows = np.concatenate(list(chain.from_iterable(parts))).reshape(len(sequences), -1)  # [S, T+1]
-        seq_len = rows.shape[1] - 1
-        last_inputs = [
-            row * seq_len + end - 1
-            for row, (ends, goes_on) in enumerate(zip(segment_ends, is_cut))
-            for end in (ends[:-1] if goes_on else ends)
-        ]
-        # Padding is a segment of its own: its last place is among them already.
-        padding = [
-            np.arange(end - n, end - 1) for end, n in zip(range(seq_len, rows.size, seq_len), n_padding) if n > 1
-        ]
         return cls(
             rows=rows,
-            ignored=np.concatenate([np.array(last_inputs, np.int64), *padding]),
             segment_ends=segment_ends,
             global_index=np.asarray(global_index, np.int64),
+            n_padding=np.array(n_padding, np.int64),
+            is_cut=np.array(is_cut, np.bool_),
             n_before=np.array(n_before, np.int64),
-            n_padding=sum(n_padding),
         )
 
     @property
@@ -106,7 +92,9 @@ class Batch:
     @cached_property
     def labels(self) -> np.ndarray:
         """[S, T], int32, -100 where ignored."""
-        return _labels(self.rows, self.ignored)
+        seq_len = self.rows.shape[1] - 1
+        ends = [row * seq_len + end for row, ends in enumerate(self.segment_ends) for end in ends]
+        return _labels(self.rows, np.array(ends), self.n_padding, self.is_cut)
 
     @property
     def cu_seqlens(self) -> list[np.ndarray]:
@@ -115,8 +103,9 @@ class Batch:
 
     @property
     def n_valid(self) -> int:
-        """Labels of this rank that count."""
-        return self.tokens.size - len(self.ignored)
+        """Labels of this rank that count: all but those of padding and of documents' last tokens."""
+        n_documents = sum(map(len, self.segment_ends)) - np.count_nonzero(self.n_padding)  # that end, or are cut
+        return int(self.tokens.size - self.n_padding.sum() - n_documents + self.is_cut.sum())
 
     def micro_batches(self, micro_batch_sequences: int) -> list[MicroBatch]:
         """Cuts the batch, in order, into micro-batches of `micro_batch_sequences` sequences.
@@ -131,27 +120,29 @@ class Batch:
                 f"gets per step; use a divisor of {n_sequences}"
             )
         seq_len = self.rows.shape[1] - 1
-        n_tokens = micro_batch_sequences * seq_len
-        ignored = np.sort(self.ignored)
-        bounds = np.searchsorted(ignored, range(0, self.tokens.size + 1, n_tokens)).tolist()
         micro_batches = []
-        for i, start in enumerate(range(0, n_sequences, micro_batch_sequences)):
+        for start in range(0, n_sequences, micro_batch_sequences):
             rows = slice(start, start + micro_batch_sequences)
             inner = [row * seq_len + end for row, ends in enumerate(self.segment_ends[rows]) for end in ends]
             micro_batches.append(
                 MicroBatch(
                     rows=self.rows[rows],
-                    ignored=ignored[bounds[i] : bounds[i + 1]] - i * n_tokens,
                     cu_seqlens=np.array([0, *inner], np.int32),
+                    n_padding=self.n_padding[rows],
+                    is_cut=self.is_cut[rows],
                     n_before=self.n_before[rows],
                 )
             )
         return micro_batches
 
 
-def _labels(rows: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+def _labels(rows: np.ndarray, ends: np.ndarray, n_padding: np.ndarray, is_cut: np.ndarray) -> np.ndarray:
+    """[S, T], int32, -100 where ignored; `ends` are those of all segments, laid end to end."""
     labels = rows[:, 1:].astype(np.int32)
-    labels.reshape(-1)[ignored] = IGNORED_LABEL
+    labels.reshape(-1)[ends - 1] = IGNORED_LABEL
+    labels[is_cut, -1] = rows[is_cut, -1]
+    seq_len = labels.shape[1]
+    labels[np.arange(seq_len) >= seq_len - n_padding[:, None]] = IGNORED_LABEL
     return labels
 
 

@@ -188,11 +188,6 @@ class LaneStream:
         self.state = dict(zip(self._state_fields, (self.stream_id, self._lane, *packed[-1][1])))
         return [sequence for sequence, _ in packed]
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the last sequence."""
-        return self.state["epoch"]
-
     def _start(self) -> LaneState:
         return {**dict.fromkeys(self._state_fields, 0), "stream": self.stream_id, "lane": self._lane}
 

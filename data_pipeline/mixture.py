@@ -180,11 +180,6 @@ class MixtureLane:
         self.state = self._state()
         return sequences
 
-    @property
-    def epoch(self) -> int:
-        """The latest epoch of any source."""
-        return max(stream.epoch for stream in self._streams)
-
     def _next(self, weights: Sequence[int]) -> PackedSequence:
         while True:
             active = [0 if ended else weight for weight, ended in zip(weights, self._ended)]

@@ -51,11 +51,10 @@ class LaneSettings:
 
 
 class Taken(NamedTuple):
-    """One step of some lanes: their sequences, the states after it, and the latest epoch."""
+    """One step of some lanes: their sequences, and the states after it."""
 
     sequences: dict[int, list[PackedSequence]]
     states: dict[int, LaneState]
-    epoch: int
 
 
 class Sent(NamedTuple):
@@ -100,7 +99,7 @@ class LaneGroup:
         self._lanes = {
             lane: _open_lane(settings, readers, lane, None if states is None else states[lane]) for lane in lanes
         }
-        self.opened = Taken({}, *self._place())
+        self.opened = Taken({}, self._states())
 
     def take(self) -> Taken:
         """The next step's sequences.
@@ -109,14 +108,13 @@ class LaneGroup:
             DataError: a damaged shard; used-up data.
         """
         sequences = {lane: stream.take(self._n_sequences) for lane, stream in self._lanes.items()}
-        return Taken(sequences, *self._place())
+        return Taken(sequences, self._states())
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _place(self) -> tuple[dict[int, LaneState], int]:
-        states = {lane: stream.state for lane, stream in self._lanes.items()}
-        return states, max(stream.epoch for stream in self._lanes.values())
+    def _states(self) -> dict[int, LaneState]:
+        return {lane: stream.state for lane, stream in self._lanes.items()}
 
 
 def _open_lane(
@@ -208,7 +206,6 @@ class PrefetchedLanes:
         return Taken(
             {lane: sequences for part in parts for lane, sequences in part.sequences.items()},
             {lane: state for part in parts for lane, state in part.states.items()},
-            max(part.epoch for part in parts),
         )
 
     def close(self) -> None:

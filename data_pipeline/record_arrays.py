@@ -6,7 +6,9 @@ Nothing is unpickled, and nothing is allocated before the manifest's own figures
 import io
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from operator import lt
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from loopline.data_pipeline.store import ShardFile, ShardStore
 
 if TYPE_CHECKING:
     from loopline.data_pipeline.manifest import Record
+
+_ENDS: Final = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,27 @@ class RecordRules:
     vocab_size: int
     eos_id: int
 
-    def read(self, file: ShardFile, n_file_bytes: int, record: "Record") -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [n_tokens] of the data set's dtype, exclusive document ends [n_documents], int64).
+    @cached_property
+    def _stored(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def read(self, file: ShardFile, n_file_bytes: int, record: "Record") -> tuple[np.ndarray, list[int]]:
+        """(tokens [n_tokens] of the data set's dtype, the exclusive end of each document).
 
         Raises:
             ValueError: what lies there is not the record.
             OSError: it cannot be read.
         """
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        tokens = _read_npy(file, n_file_bytes, record.tokens_offset, dtype, record.n_tokens)
-        ends = _read_npy(file, n_file_bytes, record.ends_offset, np.dtype("<i8"), record.n_documents)
-        if ends[0] < 1 or ends[-1] != len(tokens) or (ends[1:] <= ends[:-1]).any():
+        tokens = _read_npy(file, n_file_bytes, record.tokens_offset, self._stored, record.n_tokens)
+        ends = _read_npy(file, n_file_bytes, record.ends_offset, _ENDS, record.n_documents)
+        bounds = ends.tolist()
+        if bounds[-1] != len(tokens) or not all(map(lt, [0, *bounds], bounds)):
             raise ValueError(f"document ends must rise from 1 or more to {len(tokens)}")
         if tokens.max() >= self.vocab_size:
             raise ValueError(f"token {tokens.max()} found, vocab_size is {self.vocab_size}")
         if (tokens[ends - 1] != self.eos_id).any():
             raise ValueError(f"a document does not end with eos ({self.eos_id})")
-        return tokens, ends
+        return tokens, bounds
 
 
 def broken_record(store: ShardStore, name: str, record: "Record", error: Exception) -> DataError:

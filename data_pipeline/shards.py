@@ -195,12 +195,11 @@ class SplitReader:
         record = shard.records[record_idx - self._first_record[shard_idx]]
         file = self._open.pop(shard_idx, None) or self._store.open(shard)
         try:
-            tokens, ends = self._rules.read(file, shard.n_bytes, record)
+            tokens, bounds = self._rules.read(file, shard.n_bytes, record)
         except (OSError, ValueError) as error:
             file.close()
             raise broken_record(self._store, shard.name, record, error) from None
         self._keep(shard_idx, file)
-        bounds = ends.tolist()
         return [tokens[start:end] for start, end in zip([0, *bounds], bounds)]
 
     def _keep(self, shard_idx: int, file: ShardFile) -> None:

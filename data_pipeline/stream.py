@@ -19,9 +19,9 @@ from loopline.data_pipeline.batch import Batch
 from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.lane import DEFAULT_SHUFFLE_RECORDS, LaneState, Packing, Shuffle, check_at_least_one
 from loopline.data_pipeline.manifest import Manifest
-from loopline.data_pipeline.mixture import Mixture
+from loopline.data_pipeline.mixture import Mixture, sources_of
 from loopline.data_pipeline.packing import Window, pack_concatenated, padding_sequence
-from loopline.data_pipeline.prefetch import LaneGroup, LaneSettings, PrefetchedLanes, Taken
+from loopline.data_pipeline.prefetch import LaneGroup, LaneSettings, PrefetchedLanes
 from loopline.data_pipeline.shards import SplitReader
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class GlobalBatchStream:
             if workers
             else LaneGroup(settings, self._lanes, by_lane)
         )
-        self._place = self._group.opened
+        self._states = self._group.opened.states
 
     def __iter__(self) -> Self:
         return self
@@ -130,18 +130,19 @@ class GlobalBatchStream:
         """
         taken = self._group.take()
         self._log_ended(taken.states)
-        self._place = Taken({}, taken.states, taken.epoch)
+        self._states = taken.states
         by_lane = [taken.sequences[lane] for lane in self._lanes]
         return Batch.stack([sequence for turn in zip(*by_lane) for sequence in turn], self._global_index)
 
     def state_dict(self) -> dict[int, LaneState]:
         """Lane -> state for the lanes of this rank, after exactly the batches returned so far. Plain JSON values."""
-        return copy.deepcopy(self._place.states)
+        return copy.deepcopy(self._states)
 
     @property
     def epoch(self) -> int:
         """The latest epoch that any lane of this rank, or any source of it, has begun."""
-        return self._place.epoch
+        places = [source["state"] for state in self._states.values() for source in sources_of(state).values()]
+        return max(place["epoch"] for place in places)
 
     def figures(self, batch: Batch) -> dict[str, tuple[float, float]]:
         """What this rank's data looks like, as numerators and denominators to be summed over ranks.
@@ -152,10 +153,10 @@ class GlobalBatchStream:
         """
         figures: dict[str, tuple[float, float]] = {}
         if self._settings.packing == "best_fit":
-            figures["padding_share"] = (batch.n_padding, batch.tokens.size)
+            figures["padding_share"] = (float(batch.n_padding.sum()), batch.tokens.size)
         if isinstance(self.data, Mixture):
             # Dicts keep their order, and a lane's state lists the sources in the mixture's.
-            lanes = [list(state["sources"].values()) for state in self._place.states.values()]
+            lanes = [list(state["sources"].values()) for state in self._states.values()]
             total = sum(source["tokens"] for lane in lanes for source in lane)
             for i, source in enumerate(self.data.sources):
                 figures[f"mix/{source.name}"] = (sum(lane[i]["tokens"] for lane in lanes), total)
@@ -169,7 +170,7 @@ class GlobalBatchStream:
         if not isinstance(self.data, Mixture):
             return
         for lane, state in states.items():
-            before = self._place.states[lane]["sources"].values()
+            before = self._states[lane]["sources"].values()
             for source, was, now in zip(self.data.sources, before, state["sources"].values()):
                 if now["ended_after"] and not was["ended_after"]:
                     log.warning(

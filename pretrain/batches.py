@@ -40,9 +40,9 @@ def to_device(
     """A rank's batch as micro-batches on `device`. The last three are RowContext's; its draw hashes the tokens."""
     return [
         MicroBatch(
-            *_inputs_and_labels(micro, device),
+            *_inputs_and_labels(micro, bounds),
             RowContext(
-                Packing(micro.cu_seqlens.tolist(), _positions(micro, device)),
+                Packing(micro.cu_seqlens.tolist(), _positions(bounds, int(micro.cu_seqlens[-1]))),
                 n_loops,
                 auxiliary_scale,
                 is_measured,
@@ -50,21 +50,31 @@ def to_device(
             ),
         )
         for micro in batch.micro_batches(micro_batch_sequences)
+        for bounds in [_moved(micro.cu_seqlens, device).long()]
     ]
 
 
-def _inputs_and_labels(micro: HostMicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[1, b*T] twice: a token crosses to the device once, as stored, and is widened there."""
-    rows = _moved(micro.rows, device).long()  # [b, T+1]
-    labels = rows[:, 1:].reshape(1, -1)
-    return rows[:, :-1].reshape(1, -1), labels.index_fill(1, _moved(micro.ignored, device), IGNORED_LABEL)
+def _inputs_and_labels(micro: HostMicroBatch, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """[1, b*T] twice: a token crosses to the device once, as stored, and is widened there.
+
+    Args:
+        bounds: [N+1], int64, the row's cu_seqlens on the device.
+    """
+    rows, n_padding, is_cut = (_moved(array, bounds.device) for array in (micro.rows, micro.n_padding, micro.is_cut))
+    tokens, following = rows[:, :-1].long(), rows[:, 1:].long()  # [b, T]
+    n_sequences, seq_len = tokens.shape
+    is_end = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=bounds.device).index_fill(0, bounds, value=True)
+    is_last = is_end[1:].view(n_sequences, seq_len)  # of its segment
+    is_last[:, -1] &= ~is_cut
+    is_padding = torch.arange(seq_len, device=bounds.device) >= seq_len - n_padding[:, None]
+    labels = following.masked_fill(is_last | is_padding, IGNORED_LABEL)
+    return tokens.reshape(1, -1), labels.reshape(1, -1)
 
 
-def _positions(micro: HostMicroBatch, device: torch.device) -> Tensor:
-    """[1, b*T], from 0 in every segment."""
-    bounds = _moved(micro.cu_seqlens, device).long()  # [N+1]
-    starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=int(micro.cu_seqlens[-1]))
-    return (torch.arange(len(starts), device=device) - starts)[None]
+def _positions(bounds: Tensor, n_tokens: int) -> Tensor:
+    """[1, n_tokens], from 0 in every segment."""
+    starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=n_tokens)
+    return (torch.arange(n_tokens, device=bounds.device) - starts)[None]
 
 
 def _moved(array: np.ndarray, device: torch.device) -> Tensor:

@@ -73,6 +73,7 @@ def test_filled_sequences_follow_the_packing_rules(lengths, seq_len):
             assert label == (IGNORED_LABEL if int(token) in last_tokens else token + 1)
         assert (tokens[n:] == 0).all()
         assert (labels[n:] == IGNORED_LABEL).all()
+        assert batch.n_valid == (labels != IGNORED_LABEL).sum()
 
 
 @settings(COMMON, max_examples=60)
