@@ -8,8 +8,8 @@ packed), Megatron's IndexedDataset over the same documents (shuffled, laid end t
 GPTDataset, which a run of Megatron reads (labels, loss mask, positions), and MosaicML Streaming over the same records
 (decoded, nothing packed) where the interpreter at PATH has it: it asks for other versions than we pin. Readers take
 turns, a second each, so that other load on the machine meets all of them; speeds are by the clock, and by CPU time,
-which is per core. Also the memory of a stream, the time to the first batch when a run resumes after 100,000 steps, and
-a table of packings. Prints one JSON object.
+which is per core. Also what writing the same tokens takes each of them, the memory of a stream, the time to the first
+batch when a run resumes after 100,000 steps, and a table of packings. Prints one JSON object.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from loopline.data_pipeline.build import build, build_bundled
 from loopline.data_pipeline.lane import record_order, seeded_permutation
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.packing import Window, pack_concatenated, plan_best_fit
-from loopline.data_pipeline.shards import SplitReader
+from loopline.data_pipeline.shards import DEFAULT_RECORD_TOKENS, DEFAULT_SHARD_BYTES, SplitReader, SplitWriter
 from loopline.data_pipeline.sources import open_source
 from loopline.data_pipeline.stream import GlobalBatchStream
 
@@ -95,24 +95,67 @@ def raw_webdataset(manifest: Manifest) -> Iterator[int]:
             yield len(sample["tokens.npy"])
 
 
-def megatron_index(manifest: Manifest, folder: Path) -> "IndexedDataset":
+def write_ours(records: list[list[np.ndarray]], folder: Path) -> None:
+    """As the builder does: hashed, and on the disk at the end."""
+    writer = SplitWriter(
+        folder, "train", dtype="uint16", record_tokens=DEFAULT_RECORD_TOKENS, shard_bytes=DEFAULT_SHARD_BYTES
+    )
+    for documents in records:
+        for document in documents:
+            writer.add(document)
+    writer.close()
+
+
+def write_webdataset(records: list[list[np.ndarray]], folder: Path) -> None:
+    """The same members."""
+    import webdataset
+
+    with webdataset.TarWriter(str(folder / "train.tar")) as writer:
+        for i, documents in enumerate(records):
+            ends = np.cumsum([len(document) for document in documents])
+            writer.write({"__key__": f"{i:08d}", "tokens.npy": np.concatenate(documents), "ends.npy": ends})
+
+
+def write_megatron(records: list[list[np.ndarray]], folder: Path) -> None:
     """The corpus as Megatron stores it."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix = folder / "megatron"
-    if not prefix.with_suffix(".idx").exists():
-        reader = SplitReader(manifest, "train")
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        for record in range(reader.n_records):
-            for document in reader.documents(record):
-                builder.add_document(document.astype(np.uint16), [len(document)])
-        builder.finalize(f"{prefix}.idx")
-    return IndexedDataset(str(prefix))
+    builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
+    for documents in records:
+        for document in documents:
+            builder.add_document(document, [len(document)])
+    builder.finalize(str(folder / "megatron.idx"))
 
 
-def megatron(manifest: Manifest, folder: Path, seq_len: int) -> Iterator[int]:
+def writing_speeds(records: list[list[np.ndarray]], scratch: Path, repeats: int = 3) -> dict[str, int]:
+    """Tokens per second of each writer from documents in memory: the fastest of some tries."""
+    n_tokens = sum(len(document) for documents in records for document in documents)
+    writers = {
+        "loopline": write_ours,
+        "webdataset, records": write_webdataset,
+        "megatron indexed": write_megatron,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in writers}
+    for i in range(repeats):
+        for name, write in writers.items():
+            folder = scratch / f"{name}{i}"
+            folder.mkdir(parents=True)
+            started = time.perf_counter()
+            write(records, folder)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: round(n_tokens / min(each)) for name, each in seconds.items()}
+
+
+def megatron_index(folder: Path) -> "IndexedDataset":
+    """What `write_megatron` wrote."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(str(folder / "megatron"))
+
+
+def megatron(folder: Path, seq_len: int) -> Iterator[int]:
     """Tokens of sequences cut from Megatron's indexed documents in a shuffled order, in batches as ours."""
-    dataset = megatron_index(manifest, folder)
+    dataset = megatron_index(folder)
     rest = np.empty(0, np.int64)
     while True:
         for i in np.random.default_rng(0).permutation(len(dataset)):
@@ -127,7 +170,7 @@ def megatron_gpt(manifest: Manifest, folder: Path, seq_len: int, *, has_boundari
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
-    index = megatron_index(manifest, folder)
+    index = megatron_index(folder)
     tokenizer = SimpleNamespace(
         eod=manifest.eos_id, pad=None, vocab_size=manifest.vocab_size, unique_identifiers={"class": "none"}
     )
@@ -149,17 +192,22 @@ def megatron_gpt(manifest: Manifest, folder: Path, seq_len: int, *, has_boundari
             yield len(dataset[i]["tokens"])
 
 
-# Runs where MosaicML Streaming is: reads for as many seconds as each line says and prints both speeds. An epoch is 50
-# passes, for beginning one takes it long, which a corpus of useful size would hardly see.
+# Runs where MosaicML Streaming is: writes the records three times and prints the shortest time, then reads for as many
+# seconds as each line says and prints both speeds. An epoch is 50 passes, for beginning one takes it long, which a
+# corpus of useful size would hardly see.
 MOSAIC = """
 import json, sys, time
 import numpy as np
 from streaming import MDSWriter, StreamingDataset
 folder = sys.argv[1]
 tokens, bounds = np.load(folder + "/tokens.npy"), np.load(folder + "/bounds.npy")
-with MDSWriter(out=folder + "/mds", columns={"tokens": "ndarray:uint16"}) as writer:
-    for start, end in zip(bounds[:-1], bounds[1:]):
-        writer.write({"tokens": tokens[start:end]})
+def write(out):
+    started = time.perf_counter()
+    with MDSWriter(out=out, columns={"tokens": "ndarray:uint16"}) as writer:
+        for start, end in zip(bounds[:-1], bounds[1:]):
+            writer.write({"tokens": tokens[start:end]})
+    return time.perf_counter() - started
+print(min([write(folder + "/mds" + each) for each in ("", "1", "2")]), flush=True)
 n_samples = 50 * (len(bounds) - 1)
 def read():
     dataset = StreamingDataset(local=folder + "/mds", shuffle=True, batch_size=1, epoch_size=n_samples)
@@ -176,18 +224,19 @@ for line in sys.stdin:
 """
 
 
-def mosaic(manifest: Manifest, folder: Path, python: str) -> Slice:
-    """MosaicML Streaming reading its own shards of the same records."""
-    reader = SplitReader(manifest, "train")
-    records = [np.concatenate(reader.documents(record)) for record in range(reader.n_records)]
-    np.save(folder / "tokens.npy", np.concatenate(records))
-    np.save(folder / "bounds.npy", np.cumsum([0, *map(len, records)]))
+def mosaic(records: list[list[np.ndarray]], folder: Path, python: str) -> tuple[int, Slice]:
+    """MosaicML Streaming's tokens per second of writing the same records, and it reading them."""
+    joined = [np.concatenate(documents) for documents in records]
+    bounds = np.cumsum([0, *map(len, joined)])
+    np.save(folder / "tokens.npy", np.concatenate(joined))
+    np.save(folder / "bounds.npy", bounds)
     process = subprocess.Popen(
         [python, "-c", MOSAIC, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin is not None
     assert process.stdout is not None
     to_reader, from_reader = process.stdin, process.stdout
+    written_in = float(from_reader.readline())
 
     def read(seconds: float) -> tuple[float, float]:
         to_reader.write(f"{seconds}\n")
@@ -195,7 +244,7 @@ def mosaic(manifest: Manifest, folder: Path, python: str) -> Slice:
         clock, cpu = json.loads(from_reader.readline())
         return clock, cpu
 
-    return read
+    return round(int(bounds[-1]) / written_in), read
 
 
 def in_process(tokens: Iterator[int]) -> Slice:
@@ -309,7 +358,16 @@ def main() -> None:
             .apply(stream_bytes, (manifest.path, args.seq_len, packing, window))
             for packing, window in (("concat", 4), ("best_fit", 4), ("best_fit", 10**6))
         }
-        speeds = measure(readers(manifest, folder, args.seq_len, args.mosaic_python), args.seconds, args.rounds)
+        reader = SplitReader(manifest, "train")
+        records = [reader.documents(record) for record in range(reader.n_records)]
+        writing = writing_speeds(records, folder / "written")
+        write_megatron(records, folder)
+        opened = readers(manifest, folder, args.seq_len)
+        if subprocess.run([args.mosaic_python, "-c", "import streaming"], capture_output=True).returncode == 0:
+            writing["mosaicml streaming, records"], opened["mosaicml streaming, records"] = mosaic(
+                records, folder, args.mosaic_python
+            )
+        speeds = measure(opened, args.seconds, args.rounds)
         resume = {packing: resume_seconds(manifest, args.seq_len, packing) for packing in ("concat", "best_fit")}
         result = {
             "machine": platform.machine(),
@@ -317,6 +375,7 @@ def main() -> None:
             "versions": {name: _version(name) for name in PEERS},
             "train_tokens": manifest.split("train").n_tokens,
             "build_tokens_per_s": builds,
+            "write_tokens_per_s": writing,
             "stream_tokens_per_s": speeds,
             "stream_resident_bytes": memory,
             "resume_after_100000_steps_s": resume,
@@ -325,21 +384,18 @@ def main() -> None:
         print(json.dumps(result, indent=1))
 
 
-def readers(manifest: Manifest, folder: Path, seq_len: int, mosaic_python: str) -> dict[str, Slice]:
-    """Every reader that is installed, opened."""
-    opened = {
+def readers(manifest: Manifest, folder: Path, seq_len: int) -> dict[str, Slice]:
+    """The readers of this process, opened."""
+    return {
         "loopline concat": in_process(ours(manifest, seq_len)),
         "loopline best_fit": in_process(ours(manifest, seq_len, packing="best_fit")),
         "loopline best_fit, positions": in_process(ours(manifest, seq_len, packing="best_fit", has_positions=True)),
         "webdataset, records": in_process(raw_webdataset(manifest)),
-        "megatron indexed": in_process(megatron(manifest, folder, seq_len)),
+        "megatron indexed": in_process(megatron(folder, seq_len)),
         "megatron GPTDataset": in_process(megatron_gpt(manifest, folder, seq_len, has_boundaries=False)),
         "megatron GPTDataset, boundaries": in_process(megatron_gpt(manifest, folder, seq_len, has_boundaries=True)),
         "loopline best_fit, 1 worker": in_process(ours(manifest, seq_len, packing="best_fit", workers=1)),
     }
-    if subprocess.run([mosaic_python, "-c", "import streaming"], capture_output=True).returncode == 0:
-        opened["mosaicml streaming, records"] = mosaic(manifest, folder, mosaic_python)
-    return opened
 
 
 def measure(opened: dict[str, Slice], seconds: float, rounds: int) -> dict[str, dict[str, int]]:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import select
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from loopline.pretrain.errors import CheckpointError, ConfigError, ExportError
 if TYPE_CHECKING:
     from loopline.data_pipeline.manifest import Manifest
     from loopline.data_pipeline.stream import GlobalBatchStream
+
+READER_GONE = 128 + signal.SIGPIPE  # exit status, as a shell gives it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +37,25 @@ def main(argv: list[str] | None = None) -> int:
     _add_generate(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
     except (ConfigError, DataError, CheckpointError, ExportError) as error:
         return train_module.report(error)
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        return READER_GONE
+    return status
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads standard output any longer, as after `| head`; what is left for it then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import faulty_server as faulty
 import numpy as np
@@ -239,3 +241,16 @@ def test_corpora_at_a_url_are_inspected_verified_and_hashed(run, small, tmp_path
         remote, local = (run("inspect", place)[1].splitlines() for place in (server.url, small.path))
         assert (remote[0].partition(": ")[0], remote[1:]) == (f"{server.url}/manifest.json", local[1:])
         assert run("digest", server.url)[:2] == run("digest", small.path)[:2]
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_output_nobody_reads_any_longer_ends_without_a_traceback(small, flags):
+    process = subprocess.Popen(
+        [sys.executable, *flags, "-m", "loopline.pretrain.cli", "data", "inspect", small.path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
