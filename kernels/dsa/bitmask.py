@@ -35,15 +35,7 @@ class Bitmask:
         _check_rows("selection", selection, cu_seqlens)
         starts = document_starts(cu_seqlens, selection.device)
         ages = torch.arange(cu_seqlens[-1], device=selection.device) - starts
-        words = selection.new_empty(selection.shape[0], n_words(cu_seqlens))
-        n_keys = 32 * words.shape[1]
-        step = max(1, _BLOCK_ELEMENTS // n_keys)
-        for rows in (slice(i, i + step) for i in range(0, words.shape[0], step)):
-            local = selection[rows].long() - starts[rows, None]
-            local = local.masked_fill((local < 0) | (local > ages[rows, None]), n_keys)  # one spare key takes the rest
-            chosen = local.new_zeros(local.shape[0], n_keys + 1, dtype=torch.bool).scatter_(1, local, True)
-            words[rows] = gathered(chosen[:, :-1])
-        return cls(words)
+        return cls(words_of(selection, starts, ages, n_words(cu_seqlens)))
 
     def positions(self, cu_seqlens: list[int], n_slots: int) -> Tensor:
         """As index lists, for what gathers keys or is written in torch.
@@ -102,6 +94,27 @@ def document_starts(cu_seqlens: list[int], device: torch.device) -> Tensor:
     """[T], int64: where each token's document begins in the row."""
     bounds = torch.tensor(cu_seqlens, device=device)
     return bounds[:-1].repeat_interleave(bounds.diff(), output_size=cu_seqlens[-1])
+
+
+def words_of(positions: Tensor, starts: Tensor, last: Tensor, width: int) -> Tensor:
+    """Lists of positions as words.
+
+    Args:
+        positions: [N, K], int32, in the row; -1 in empty slots.
+        starts: [N], where each list's document begins in the row.
+        last: [N], the last position that counts, in the document; later ones are left out.
+        width: W.
+    Returns:
+        [N, W], int32.
+    """
+    n_keys, words = 32 * width, positions.new_empty(positions.shape[0], width)
+    step = max(1, _BLOCK_ELEMENTS // n_keys)
+    for rows in (slice(i, i + step) for i in range(0, words.shape[0], step)):
+        local = positions[rows].long() - starts[rows, None]
+        local = local.masked_fill((local < 0) | (local > last[rows, None]), n_keys)  # one spare key takes the rest
+        chosen = local.new_zeros(local.shape[0], n_keys + 1, dtype=torch.bool).scatter_(1, local, True)
+        words[rows] = gathered(chosen[:, :-1])
+    return words
 
 
 def spread(words: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loopline.kernels.backends import check_boundaries, listed
+from loopline.kernels.backends import Boundaries, check_boundaries, listed
 from loopline.kernels.devices import on_its_device
 from loopline.kernels.dsa.gather_kernels import (
     gather_attention_bwd_sum_kernel,
@@ -34,7 +34,7 @@ def gather_attention(
     v: Tensor,
     lists: Tensor,
     *,
-    cu_seqlens: list[int],
+    cu_seqlens: Boundaries,
     tile: int,
     scale: float | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,

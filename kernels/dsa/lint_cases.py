@@ -8,8 +8,8 @@ from torch import Tensor
 
 from loopline.kernels.dsa import gather_lint_cases
 from loopline.kernels.dsa.bitmask import Bitmask, n_words
-from loopline.kernels.dsa.gather_reference import tile_lists
 from loopline.kernels.dsa.launch import loss_sums, select_bits
+from loopline.kernels.dsa.tile_op import tile_lists
 from loopline.kernels.dsa.tiles import LONG
 from loopline.kernels.lint import Budget
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loopline.kernels.backends import Boundaries, check_boundaries, known, listed, unknown
 from loopline.kernels.dsa.bitmask import Bitmask, longest, n_words, population
-from loopline.kernels.dsa.blocks import Block, Selection, blocks, sampled_blocks
+from loopline.kernels.dsa.blocks import Block, PerQuery, Selection, TileSelection, blocks, per_query, sampled_blocks
 from loopline.kernels.precision import wide
 
 BACKENDS = ("triton", "reference")  # preferred first
@@ -78,7 +78,7 @@ def select(
     cu_seqlens: Boundaries,
     block_size: int = 128,
     backend: str,
-) -> Selection: ...
+) -> PerQuery: ...
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def select(
     cu_seqlens: Boundaries,
     block_size: int = 128,
     backend: str = "reference",
-) -> Selection:
+) -> PerQuery:
     """The `top_k` keys of each query's own past with the highest index scores, shared by all attention heads.
 
     A query with fewer than top_k tokens up to its own takes each of them once. Of equal scores the lower position wins.
@@ -150,12 +150,13 @@ def sparse_attention(
         q: [1, Tq, H, D]. Tq < T only with a single document: then its last Tq tokens (decoding).
         k: [1, T, G, D], G divides H (grouped queries).
         v: [1, T, G, V].
-        selection: from `select`; None means all of the past (dense warm-up). Keys outside a query's past are ignored; a
-            query left with none gives NaN, and 0 from "triton".
+        selection: from `select`, or `tile_op.select_by_tile`; None means all of the past (dense warm-up). Keys outside
+            a query's past are ignored; a query left with none gives NaN, and 0 from "triton".
         cu_seqlens: N + 1 document boundaries over T, on the host, from 0 to T, rising.
         scale: factor on q k^T; None means D ** -0.5.
         block_size: queries attended at once by the reference; memory is block_size * H * T.
-        backend: "triton" wants Tq = T, a Bitmask, and what kernels/attention has tiles for.
+        backend: "triton" wants Tq = T, bits, and what kernels/attention has tiles for; of a choice by tile what
+            gather_launch.py has, and it takes the lists.
     Returns:
         [1, Tq, H, V] in v.dtype. The reference computes in fp32, or in fp64 for fp64 inputs.
     Raises:
@@ -186,15 +187,22 @@ def sparse_attention_with_lse(
         lse: [H, T], fp32, log of the sum of exp(scale q k^T) over the selection, without gradient. The reference's loss
             finds its own: None.
     """
-    _check_attention(q, k, selection)
+    visible = per_query(selection)
+    _check_attention(q, k, visible)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in [1, T, G]")
-    _check_row(q, k, cu_seqlens, block_size, selection)
+    _check_row(q, k, cu_seqlens, block_size, visible)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if _is_triton(backend):
+        if isinstance(selection, TileSelection):
+            from loopline.kernels.dsa.gather_launch import gather_attention
+
+            lists, tile = selection.lists, selection.tile
+            o, lse = gather_attention(q, k, v, lists, cu_seqlens=cu_seqlens, tile=tile, scale=scale)
+            return o, lse.detach()
         from loopline.kernels.attention.launch import flash_attention
 
-        bits = _bits(selection)
+        bits = _bits(visible)
         return flash_attention(
             q, k, v, cu_seqlens=cu_seqlens, window=None, bitmask=None if bits is None else bits.words, scale=scale
         )
@@ -202,7 +210,7 @@ def sparse_attention_with_lse(
     q, k, v = (wide(x[0]) for x in (q, k, v))  # once, so that gradients of k and v add up over blocks in fp32
     outputs = []  # a block is recomputed in the backward pass
     for block in blocks(listed(cu_seqlens), q.shape[0], block_size):
-        inputs = (q[block.queries], k[block.keys], v[block.keys], selection, block, scale)
+        inputs = (q[block.queries], k[block.keys], v[block.keys], visible, block, scale)
         if needs_grad:
             outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -260,12 +268,13 @@ def indexer_loss(
         BackendError: unknown backend.
     Reference: DeepSeek-V3.2, arXiv:2512.02556, eq. 3 (dense) and 4 (sparse).
     """
-    _check_attention(q, k, selection)
+    visible = per_query(selection)
+    _check_attention(q, k, visible)
     _check_index(q_index, k_index, weights)
     if not q.shape[1] == k.shape[1] == q_index.shape[1] == k_index.shape[1]:
         tokens = [x.shape[1] for x in (q, k, q_index, k_index)]
         raise ValueError(f"tokens in q, k, q_index, k_index are {tokens}; the loss wants all alike")
-    _check_row(q, k, cu_seqlens, block_size, selection)
+    _check_row(q, k, cu_seqlens, block_size, visible)
     if not 0 <= row_offset < row_stride:
         raise ValueError(f"row_offset is {row_offset}; it must be in [0, row_stride) = [0, {row_stride})")
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -280,7 +289,7 @@ def indexer_loss(
         sums = loss_sums(
             q,
             k,
-            _bits(selection),
+            _bits(visible),
             lse=lse,
             q_index=q_index,
             k_index=k_index,
@@ -296,7 +305,7 @@ def indexer_loss(
     dq_index, dk_index, dweights = (torch.zeros_like(x) for x in (q_index, k_index, weights))
     for block in sampled_blocks(listed(cu_seqlens), q.shape[0], block_size, row_stride, row_offset):
         rows, keys = block.queries, block.keys
-        allowed = block.allowed(selection, q.device)
+        allowed = block.allowed(visible, q.device)
         target = _head_mass(q[rows], k[keys], allowed, scale, sum_heads)  # [BT, S]
         heads = _index_heads(q_index[rows], k_index[keys])
         log_predicted = _weigh(heads, weights[rows]).masked_fill(~allowed, float("-inf")).log_softmax(-1)
@@ -329,27 +338,30 @@ def attention_recall(
 
     Args:
         q, k, cu_seqlens, scale, sum_heads, block_size: as in `indexer_loss`, computed as its reference does.
-        selection: from `select`; as many keys (of lists K, or all where a query has fewer) are what the best choice
-            gets.
+        selection: from `select` or `tile_op.select_by_tile`; as many keys a query are what the best choice gets.
     Returns:
         mass_selected_sum, mass_best_sum: scalars, fp32 (fp64 for fp64 inputs), sums over queries.
     Raises:
         ValueError: shapes disagree, bad cu_seqlens, block_size below 1.
     """
-    _check_attention(q, k, selection)
-    _check_row(q, k, cu_seqlens, block_size, selection)
+    visible = per_query(selection)
+    _check_attention(q, k, visible)
+    _check_row(q, k, cu_seqlens, block_size, visible)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     q, k = wide(q[0]), wide(k[0])
     selected_sum, best_sum = q.new_zeros(()), q.new_zeros(())
     for block in blocks(listed(cu_seqlens), q.shape[0], block_size):
         mass = _head_mass(q[block.queries], k[block.keys], block.causal(q.device), scale, sum_heads)
-        selected_sum += mass.masked_fill(~block.allowed(selection, q.device), 0.0).sum()
-        if isinstance(selection, Bitmask):
-            n_best = population(selection.words[block.queries])
+        selected_sum += mass.masked_fill(~block.allowed(visible, q.device), 0.0).sum()
+        if isinstance(visible, Bitmask):
+            n_best = population(visible.words[block.queries])
             is_beyond = torch.arange(block.n_keys, device=q.device) >= n_best[:, None]
             best_sum += mass.sort(dim=-1, descending=True).values.masked_fill(is_beyond, 0.0).sum()
         else:
-            best_sum += mass.topk(min(selection.shape[1], block.n_keys), dim=-1).values.sum()
+            n_best = (visible[block.queries] >= 0).sum(-1)
+            best = mass.topk(min(visible.shape[1], block.n_keys), dim=-1).values
+            is_beyond = torch.arange(best.shape[1], device=q.device) >= n_best[:, None]
+            best_sum += best.masked_fill(is_beyond, 0.0).sum()
     return selected_sum, best_sum
 
 
@@ -357,12 +369,13 @@ def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
     """How far two selections of one row agree, e.g. those of two loops.
 
     Args:
-        a, b: from `select`, both as bits or both as lists.
+        a, b: from `select` or `tile_op.select_by_tile`, both as bits or both as lists.
     Returns:
         sum over queries of |A_t and B_t| / |A_t|, a scalar in fp32; and the number of queries.
     Raises:
         ValueError: different numbers of queries, or bits against lists.
     """
+    a, b = per_query(a), per_query(b)
     if isinstance(a, Bitmask) and isinstance(b, Bitmask):
         return (population(a.words, b.words) / a.counts()).sum(), a.words.shape[0]
     if isinstance(a, Bitmask) or isinstance(b, Bitmask):
@@ -428,7 +441,7 @@ def _over_heads(sums: IndexerLoss, n_heads: int, row_stride: int, sum_heads: Sum
     return IndexerLoss(*(part.view(x.shape) for part, x in zip(parts, sums)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, block: Block, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, selection: PerQuery | None, block: Block, scale: float) -> Tensor:
     """[BT, H, D], [S, G, D], [S, G, V] -> [BT, H, V]."""
     p = _probabilities(q, k, block.allowed(selection, q.device), scale)
     return torch.einsum("grts,sgv->tgrv", p, v).flatten(1, 2)
@@ -447,7 +460,7 @@ def _is_triton(backend: str) -> bool:
     return backend == "triton"
 
 
-def _bits(selection: Selection | None) -> Bitmask | None:
+def _bits(selection: PerQuery | None) -> Bitmask | None:
     if isinstance(selection, Tensor):
         raise ValueError(
             f"backend 'triton' wants a Bitmask and got index lists {tuple(selection.shape)}: select with backend "
@@ -456,7 +469,7 @@ def _bits(selection: Selection | None) -> Bitmask | None:
     return selection
 
 
-def _check_attention(q: Tensor, k: Tensor, selection: Selection | None) -> None:
+def _check_attention(q: Tensor, k: Tensor, selection: PerQuery | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [1, T, H, D] and [1, T, G, D]")
     if q.shape[2] % k.shape[2]:
@@ -476,7 +489,7 @@ def _check_index(q_index: Tensor, k_index: Tensor, weights: Tensor) -> None:
 
 
 def _check_row(
-    q: Tensor, k: Tensor, cu_seqlens: Boundaries, block_size: int, selection: Selection | None = None
+    q: Tensor, k: Tensor, cu_seqlens: Boundaries, block_size: int, selection: PerQuery | None = None
 ) -> None:
     """`q` and `k`: whatever has a token axis second, queries and keys."""
     n_queries, n_keys = q.shape[1], k.shape[1]

@@ -28,7 +28,7 @@ def tile_lists_by_kernels(
     workspace_bytes: int = SELECT_BYTES,
     tiles: IndexTiles | None = None,
 ) -> Tensor:
-    """`gather_reference.tile_lists`, whose arguments are checked. Inputs that are not contiguous are copied.
+    """`tile_op.tile_lists`, whose arguments are checked. Inputs that are not contiguous are copied.
 
     Args:
         q_index: [1, T, HI, DI], bf16, fp16 or fp32; DI at most 128.

@@ -13,6 +13,7 @@ from loopline.kernels.dsa.op import (
     selection_overlap,
     sparse_attention_with_lse,
 )
+from loopline.kernels.dsa.tile_op import select_by_tile
 from loopline.kernels.precision import wide
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext
@@ -31,6 +32,9 @@ class SparseAttention(FullAttention):
     chosen once for all heads. The indexer reads the mixer's input detached and learns from the KL divergence to the
     attention it served, summed over heads; the language-model loss trains the rest and nothing goes through the
     choice. While `index_loss` is "dense" attention sees every key: warm-up.
+
+    With `selection_tile` neighbouring queries share a choice, made by the queries up to the first of them, and see each
+    other besides (kernels/dsa/GATHER.md).
 
     A choice may serve later loops too (`selection_loops`). Its target is then the mean attention of the loops served:
     the divergence is linear in its target as far as gradients go, so each loop adds its share of the gradient in its
@@ -91,10 +95,14 @@ class SparseAttention(FullAttention):
         """This loop's choice, left for the loops it serves. In a recomputed pass it is there already."""
         if context.loop_idx in context.memory:
             return context.memory[context.loop_idx]
-        cu_seqlens = context.packing.cu_seqlens
         q, k, w = index
-        backend = self.chosen_backend(q.device)
-        selection = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=cu_seqlens, backend=backend)
+        top_k, tile, backend = self.settings.top_k, self.settings.selection_tile, self.chosen_backend(q.device)
+        selection: Selection
+        if tile is None:
+            selection = select(q, k, w, top_k=top_k, cu_seqlens=context.packing.cu_seqlens, backend=backend)
+        else:
+            bounds = context.packing.boundaries
+            selection = select_by_tile(q, k, w, top_k=top_k, tile=tile, cu_seqlens=bounds, backend=backend)
         # Detached: with its graph it would reach the recomputation's hooks, and they this memory, in a circle.
         served = _Served((q.detach(), k.detach(), w.detach()), selection)
         earlier = [served for served in context.memory.values() if served.selection is not None]

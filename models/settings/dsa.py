@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from loopline.kernels.dsa.gather_tiles import max_rows
 from loopline.models.settings.full import FullAttentionConfig
 from loopline.models.settings.section import mean_keys
 
@@ -34,6 +35,12 @@ class SparseAttentionConfig(FullAttentionConfig):
     selection_loops: tuple[int, ...] | None = Field(
         None, strict=False, description="loops that choose keys; the others reuse the last choice; none: every loop"
     )
+    selection_tile: int | None = Field(
+        None,
+        ge=1,
+        description="neighbouring tokens that share a choice, made when the first of them is read, and see each other "
+        "besides: for rows of 32k tokens and more; none: every query chooses its own keys",
+    )
     backend: Literal["auto", "triton", "reference"] = Field("auto", description="kernel")  # type: ignore[assignment]
 
     def selecting_loop(self, loop_idx: int) -> int:
@@ -60,6 +67,14 @@ class SparseAttentionConfig(FullAttentionConfig):
                 f"{self.field('backend')} = 'triton', which has no kernel for more: lower it, or set the backend to "
                 "'reference'"
             )
+        if self.selection_tile is not None and self.backend != "reference":
+            n_shared, width = self.n_heads // (self.n_kv_heads or self.n_heads), self.head_size(d_model)
+            if self.selection_tile * n_shared > max_rows(width):
+                found.append(
+                    f"{self.field('selection_tile')} ({self.selection_tile}) times the {n_shared} query heads of a key "
+                    f"head must be at most {max_rows(width)} for heads of {width} channels, what our kernel takes: "
+                    f"lower it, or set {self.field('backend')} to 'reference'"
+                )
         loops = self.selection_loops
         if loops is not None and (not loops or loops[0] != 0 or list(loops) != sorted(set(loops))):
             found.append(
@@ -81,12 +96,18 @@ class SparseAttentionConfig(FullAttentionConfig):
         return 2 * matrices + attention + scores
 
     def cache_numbers(self, d_model: int) -> tuple[int, int]:
-        """A key, a value and an index key a token."""
+        """A key, a value and an index key a token; with choices by tile index queries and head weights too."""
         fixed, per_token = super().cache_numbers(d_model)
-        return fixed, per_token + self.index_d_head
+        queries = 0 if self.selection_tile is None else self.index_n_heads * (self.index_d_head + 1)
+        return fixed, per_token + self.index_d_head + queries
 
     def _index_matrices(self, d_model: int) -> int:
         return d_model * (self.index_n_heads * self.index_d_head + self.index_d_head + self.index_n_heads)
 
     def _keys(self, n_tokens: int) -> float:
-        return mean_keys(n_tokens, n_tokens if self.index_loss == "dense" else self.top_k)
+        if self.index_loss == "dense" or self.selection_tile is None:
+            return mean_keys(n_tokens, n_tokens if self.index_loss == "dense" else self.top_k)
+        firsts = range(0, n_tokens, self.selection_tile)
+        sizes = [min(self.selection_tile, n_tokens - first) for first in firsts]
+        pairs = sum(n * min(first, self.top_k) + n * (n + 1) / 2 for first, n in zip(firsts, sizes))
+        return pairs / n_tokens

@@ -22,6 +22,7 @@ MIXTURE = [
     "model.dsa.n_kv_heads=2",
     "model.dsa.top_k=8",
     "model.dsa.selection_loops=[0]",
+    "model.dsa.selection_tile=4",
     "model.window.window=9",
     "model.kda.d_head_k=8",
     "model.kda.d_head_v=8",

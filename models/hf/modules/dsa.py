@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from loopline.kernels.dsa.op import select, sparse_attention
+from loopline.kernels.dsa.tile_op import tile_lists, tile_selection
 from loopline.kernels.precision import wide
 from loopline.models.hf.configuration_loopline import LooplineConfig
 from loopline.models.hf.modules.call import Call, settings_of
@@ -26,8 +27,10 @@ class LooplineLayerNorm(nn.LayerNorm):
 
 class LooplineSparseAttention(LooplineAttention):
     """Attention to the `top_k` keys with the highest index score I_ts = sum_j w_tj relu(q^I_tj . k^I_s), chosen once
-    for all heads; loops not in `selection_loops` reuse the last choice. Until the indexer is trained (index_loss
-    "dense") attention sees every key.
+    for all heads; loops not in `selection_loops` reuse the last choice. With `selection_tile` neighbouring queries
+    share a choice, made when the first of them is read; index queries and head weights are then cached beside index
+    keys, so that any part of a row may come next. Until the indexer is trained (index_loss "dense") attention sees
+    every key.
 
     Reference: DeepSeek-V3.2, arXiv:2512.02556, section 2.1.
     """
@@ -69,23 +72,41 @@ class LooplineSparseAttention(LooplineAttention):
         return memory[chosen_in]
 
     def choose(self, x: Tensor, slot: int, call: Call, cache: Cache | None) -> dict[int, Tensor]:
-        """[T, top_k] by row, positions among the row's own tokens; none for a row that is all padding."""
+        """[T, K] by row, positions among the row's own tokens; none for a row that is all padding."""
         n_rope = self.settings.index_d_rope
         q = self.index_q_proj(x).unflatten(-1, (-1, self.settings.index_d_head))  # [B, T, HI, DI]
         k = self.index_k_norm(self.index_k_proj(x))[:, :, None]
         if n_rope:
             tables = call.rotary(n_rope, self.rope_theta)
             q, k = (torch.cat([rotate(y[..., :n_rope], tables), y[..., n_rope:]], dim=-1) for y in (q, k))
-        k = k[:, :, 0]  # [B, T, DI]
+        k, w = k[:, :, 0], self.index_w_proj(x)  # [B, T, DI], [B, T, HI]
+        if self.settings.selection_tile is not None:
+            k = torch.cat([k, w, q.flatten(2)], dim=-1)
         if cache is not None:
             k = cache.layers[slot].update_indexer(k)  # type: ignore[union-attr]
-        scale = (self.settings.index_n_heads * self.settings.index_d_head) ** -0.5
-        weights = wide(self.index_w_proj(x)) * scale
+        choose = self.choose_by_query if self.settings.selection_tile is None else self.choose_by_tile
         chosen: dict[int, Tensor] = {}
 
-        def row(i: int, q: Tensor, w: Tensor, k: Tensor) -> Tensor:
-            chosen[i] = select(q, k, w, top_k=self.settings.top_k, cu_seqlens=[0, k.shape[1]])
+        def row(i: int, q: Tensor, w: Tensor, cached: Tensor) -> Tensor:
+            chosen[i] = choose(q, w, cached)
             return q
 
-        each_row(row, call, queries=[q, weights], keys=[k])
+        each_row(row, call, queries=[q, w], keys=[k])
         return chosen
+
+    def choose_by_query(self, q: Tensor, w: Tensor, k: Tensor) -> Tensor:
+        """[t, top_k] for a row's t new tokens, from their index queries and head weights, and the keys of all."""
+        return select(q, k, self.scaled(w), top_k=self.settings.top_k, cu_seqlens=[0, k.shape[1]])
+
+    def choose_by_tile(self, q: Tensor, w: Tensor, cached: Tensor) -> Tensor:
+        """[t, top_k + selection_tile] for a row's t new tokens, from keys, head weights and queries of all."""
+        n_new, (n_heads, d) = q.shape[1], q.shape[2:]
+        k, w, q = cached.split([d, n_heads, n_heads * d], dim=-1)
+        row = {"tile": self.settings.selection_tile, "cu_seqlens": [0, k.shape[1]], "first_token": k.shape[1] - n_new}
+        q, w = q.unflatten(-1, (n_heads, d)), self.scaled(w)
+        lists = tile_lists(q, k, w, top_k=self.settings.top_k, scored_by="past", **row)
+        return tile_selection(lists, **row)
+
+    def scaled(self, w: Tensor) -> Tensor:
+        """Head weights with a power of the sizes that keeps scores of order one."""
+        return wide(w) * (self.settings.index_n_heads * self.settings.index_d_head) ** -0.5

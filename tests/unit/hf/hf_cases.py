@@ -75,6 +75,8 @@ DECODED |= {
         "nsa-mean": SMALL["nsa"].model_copy(update={"pooling": "mean"}),
         "dsa-dense": SMALL["dsa"].model_copy(update={"index_loss": "dense"}),
         "dsa-one-choice": SMALL["dsa"].model_copy(update={"selection_loops": (0,)}),
+        "dsa-tiles": SMALL["dsa"].model_copy(update={"selection_tile": 3}),
+        "dsa-tiles-one-choice": SMALL["dsa"].model_copy(update={"selection_tile": 4, "selection_loops": (0,)}),
         "dsa-two-choices": SMALL["dsa"].model_copy(update={"selection_loops": (0, 2)}),
     }.items()
 }

@@ -370,7 +370,7 @@ def attention_of_lists_and_of_bits(dtype: torch.dtype) -> Figures:
     return {"different": float(sum(not torch.equal(a[name], b[name]) for name in a))}
 
 
-def block(index_loss: str, n_rows: int, dtype: torch.dtype) -> Figures:
+def block(index_loss: str, n_rows: int, tile: int | None, dtype: torch.dtype) -> Figures:
     """A model's block of this mixer, forward and backward in two loops, against the same on the reference."""
     from tests.unit.models.model_cases import make_config, moved_model, tokens_of
 
@@ -378,7 +378,7 @@ def block(index_loss: str, n_rows: int, dtype: torch.dtype) -> Figures:
 
     def run(backend: str) -> dict[str, Tensor]:
         changes = {"top_k": 8, "d_head": 16, "index_loss": index_loss, "index_loss_rows": n_rows, "backend": backend}
-        dsa = SMALL["dsa"].model_copy(update=changes)
+        dsa = SMALL["dsa"].model_copy(update=changes | {"selection_tile": tile})
         model = moved_model(make_config(pattern="dsa", n_blocks=1, n_loops=2, dsa=dsa), dtype)
         row = RowContext(Packing.of(bounds, "cpu"), 2, auxiliary_scale=0.25, is_measured=True)
         h = model.embed_tokens(tokens_of(1, bounds[-1]))
@@ -431,9 +431,10 @@ EXACT: dict[str, Run] = {
     "traced": traced,
 }
 BLOCKS: dict[str, Run] = {
-    "block_sparse": partial(block, "sparse", 1),
-    "block_dense": partial(block, "dense", 1),
-    "block_sampled": partial(block, "sparse", 2),
+    "block_sparse": partial(block, "sparse", 1, None),
+    "block_dense": partial(block, "dense", 1, None),
+    "block_sampled": partial(block, "sparse", 2, None),
+    "block_tiles": partial(block, "sparse", 1, 16),
 }
 CHOSEN: dict[str, Run] = {"choice_rounded": rounded_choice}
 RUNS: dict[str, Run] = {**{name: run for name, (run, _) in COMPARED.items()}, **EXACT, **BLOCKS, **CHOSEN}

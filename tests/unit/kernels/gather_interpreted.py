@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loopline.kernels.attention.reference import dense_attention
-from loopline.kernels.dsa.gather_reference import SCORERS, tile_lists
 from loopline.kernels.dsa.gather_reference import gather_attention as reference
+from loopline.kernels.dsa.tile_op import SCORERS, tile_lists
 from loopline.kernels.dsa.tiles import IndexTiles, Tile, index_tiles
 from tests.tolerances import rms_ratio
 from tests.unit.kernels.dsa_cases import make_inputs, poisoned_integers, special_index

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from loopline.kernels.attention.reference import dense_attention
 from loopline.kernels.dsa import op
+from loopline.kernels.dsa.bitmask import Bitmask
 from loopline.kernels.dsa.gather_launch import _slab, gather_attention
 from loopline.kernels.dsa.gather_reference import gather_attention as reference
-from loopline.kernels.dsa.gather_reference import tile_lists, tile_selection
 from loopline.kernels.dsa.gather_tiles import backward_tiles, forward_tiles, max_rows
+from loopline.kernels.dsa.tile_op import select_by_tile, tile_lists, tile_selection, visible_bits
 from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES, rms_ratio
 
@@ -152,6 +153,63 @@ def test_selection_of_each_query_gives_the_same_attention(lengths: list[int]) ->
 
 
 @packed
+@pytest.mark.parametrize("tile", [1, 4, 31, 32, 33, 100])
+def test_bits_of_tiles_are_the_selection_of_each_query(lengths: list[int], tile: int) -> None:
+    inputs = make_inputs(lengths)
+    row = {"tile": tile, "cu_seqlens": inputs.cu_seqlens}
+    for top_k in (1, 6, 1000):
+        lists = lists_of(inputs, tile=tile, top_k=top_k)
+        found = visible_bits(lists, **row)
+        expected = Bitmask.from_positions(tile_selection(lists, **row), inputs.cu_seqlens)
+        assert torch.equal(found.words, expected.words)
+
+
+def test_a_position_that_no_list_may_hold_is_in_no_bits() -> None:
+    """A key after its tile's first token would let a query see ahead."""
+    lists = torch.tensor([[-1, 3], [0, 9], [7, 8]], dtype=torch.int32)
+    found = visible_bits(lists, tile=4, cu_seqlens=[0, 10])
+    keys = [[s for s in row if s >= 0] for row in found.positions([0, 10], 10).tolist()]
+    own = [list(range(t - t % 4, t + 1)) for t in range(10)]
+    assert keys == [*own[:4], *([0, *each] for each in own[4:8]), *([7, *each] for each in own[8:])]
+
+
+@pytest.mark.parametrize("first_token", [1, 7, 8, 37, 60])
+def test_a_decoder_finds_the_choices_of_the_last_tokens_alone(first_token: int) -> None:
+    inputs = make_inputs([61], is_grid=True)
+    row = {"top_k": 6, "tile": 8, "cu_seqlens": inputs.cu_seqlens}
+    whole = select_by_tile(**inputs.index, **row)
+    part = select_by_tile(**inputs.index, **row, first_token=first_token)
+    assert torch.equal(part.lists, whole.lists[first_token // 8 :])
+    assert torch.equal(part.visible, whole.visible[first_token:])
+
+
+@packed
+def test_ops_take_a_choice_by_tile_as_what_each_query_sees(lengths: list[int]) -> None:
+    inputs = make_inputs(lengths).map(lambda x: x.double())
+    bounds = {"cu_seqlens": inputs.cu_seqlens}
+    chosen, other = (select_by_tile(**inputs.index, top_k=k, tile=4, **bounds) for k in (6, 3))
+    qk = {name: inputs.attention[name] for name in ("q", "k")}
+    for run in (
+        lambda selection: [op.sparse_attention(**inputs.attention, selection=selection, **bounds)],
+        lambda selection: op.indexer_loss(**qk, selection=selection, **inputs.index, **bounds),
+        lambda selection: op.attention_recall(**qk, selection=selection, **bounds),
+        lambda selection: [op.selection_overlap(selection, other)[0], op.selection_overlap(other, selection)[0]],
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(run(chosen), run(chosen.visible), strict=True))
+
+
+def test_recall_compares_with_the_best_as_many_keys() -> None:
+    """A tile's first queries see fewer keys than its last: each is held to its own number."""
+    inputs = make_inputs([37]).map(lambda x: x.double())
+    qk = {name: inputs.attention[name] for name in ("q", "k")}
+    chosen = select_by_tile(**inputs.index, top_k=3, tile=8, cu_seqlens=[0, 37])
+    bits = Bitmask.from_positions(chosen.visible, [0, 37])
+    found, expected = (op.attention_recall(**qk, selection=x, cu_seqlens=[0, 37]) for x in (chosen, bits))
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected], rel=1e-12)
+    assert 0 < found[0] < found[1]
+
+
+@packed
 @pytest.mark.parametrize("tile", [1, 4, 100])
 def test_reference_with_everything_listed_is_dense(lengths: list[int], tile: int) -> None:
     inputs = make_inputs(lengths).map(lambda x: x.double())
@@ -226,6 +284,10 @@ def test_bad_arguments_are_refused(changed: dict[str, object], message: str) -> 
         ({"scored_by": "mean"}, "scored_by is 'mean'; it must be one of past, own"),
         ({"cu_seqlens": [0, 7]}, "must rise from 0 to T = 8"),
         ({"weights": torch.zeros(1, 8, 2)}, r"weights \(1, 8, 2\)"),
+        ({"first_token": 8}, "first_token is 8, with 1 document"),
+        ({"first_token": -1}, "first_token is -1"),
+        ({"first_token": 3, "cu_seqlens": [0, 4, 8]}, "first_token is 3, with 2 document"),
+        ({"first_token": 3, "backend": "triton"}, "backend 'triton': it must be"),
         ({"weights": torch.zeros(1, 8, 3).half(), "backend": "triton"}, "weights torch.float16"),
     ],
 )

@@ -44,6 +44,7 @@ CONFIGS = {
 CONFIGS["gdn,full-gate-pre-tied"] = make_config(tie_embeddings=True)
 # Every mixer there is; every update and norm over two of them.
 EVERY_MIXER = {name: make_config(pattern=name) for name in MIXER_MODULES}
+EVERY_MIXER["dsa-tiles"] = make_config(pattern="dsa", dsa=SMALL["dsa"].model_copy(update={"selection_tile": 5}))
 EVERY_MIXER |= {name: config for name, config in CONFIGS.items() if name.startswith("gdn,full")}
 
 

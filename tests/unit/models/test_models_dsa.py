@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama import modeling_llama
 
 from loopline.kernels.dsa import reference
+from loopline.kernels.dsa.blocks import Selection, per_query
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext, RowContext
 from loopline.models.looped_lm import LoopedLM
@@ -80,11 +81,9 @@ class Recorder:
         self.inputs: list[Tensor] = []
         learn, index = self.mixer.learn, self.mixer.index
 
-        def record(
-            q: Tensor, k: Tensor, visible: Tensor | None, served: object, context: BlockContext, *, lse: Tensor | None
-        ) -> None:
-            self.seen.append((q, k, visible))
-            learn(q, k, visible, served, context, lse=lse)
+        def record(q: Tensor, k: Tensor, visible: Selection | None, *others: object, lse: Tensor | None) -> None:
+            self.seen.append((q, k, per_query(visible)))
+            learn(q, k, visible, *others, lse=lse)
 
         def record_input(x: Tensor, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
             self.inputs.append(x)
@@ -96,12 +95,13 @@ class Recorder:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("loss", ["sparse", "dense"])
+@pytest.mark.parametrize("tile", [None, 5])
 @pytest.mark.parametrize("sharing", SHARING)
 def test_the_indexers_gradient_is_that_of_its_divergence_from_the_mean_attention_of_the_loops_it_served(
-    sharing: str, loss: str, recompute: bool
+    sharing: str, tile: int | None, loss: str, recompute: bool
 ) -> None:
     """Against the loss written out with autograd: one divergence a choice, its target the mean over loops."""
-    model = model_of(config_of(index_loss=loss, selection_loops=SHARING[sharing]))
+    model = model_of(config_of(index_loss=loss, selection_loops=SHARING[sharing], selection_tile=tile))
     recorder = Recorder(model)
     found = gradients_of(model, row_of(), recompute=recompute)
     del recorder.seen[3:], recorder.inputs[len(SHARING[sharing] or (0, 1, 2)) :]  # what recomputation saw again
@@ -165,6 +165,22 @@ def test_a_forward_pass_without_its_backward_leaves_nothing(recompute: bool) -> 
     run(model_of(config_of()), row_of(), tokens_of(1, sum(LENGTHS)), recompute=recompute)
     gc.collect()
     assert sum(isinstance(each, dsa._Served) for each in gc.get_objects()) == n_before
+
+
+def test_a_tile_shares_the_choice_of_its_past_and_sees_itself_besides() -> None:
+    """Four tokens share; the lists are found from index scores, one key at a time."""
+    model, row = model_of(config_of(selection_tile=4)), row_of(None)
+    recorder = Recorder(model)
+    run(model, row, tokens_of(1, sum(LENGTHS)))
+    q_index, k_index, weights = recorder.plain_index(recorder.inputs[0], row.at(1, 0))
+    scores = reference.index_scores(q_index[0], k_index[0], weights[0]).tolist()
+    for t, visible in enumerate(recorder.seen[0][2].tolist()):
+        start = max(bound for bound in BOUNDARIES if bound <= t)
+        first = t - (t - start) % 4
+        scorers = range(max(start, first - 3), first + 1)
+        best = {s: max(scores[u][s] for u in scorers if u >= s) for s in range(start, first)}
+        listed = sorted(best, key=lambda s: (-best[s], s))[:4]
+        assert [s for s in visible if s >= 0] == [*sorted(listed), *range(first, t + 1)]
 
 
 def test_overlap_of_choices_is_recorded_where_there_are_two() -> None:
