@@ -52,7 +52,7 @@ def _has_lost_its_reader() -> bool:
     """Whether nobody reads standard output any longer, as after `| head`; what is left for it then goes nowhere."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True

@@ -6,7 +6,6 @@ Everything in DSA is computed block by block, so that nothing of size T x T is e
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,37 +15,6 @@ from loopline.kernels.dsa.bitmask import Bitmask, spread
 ROW_TILE = 64  # queries that enter a sampled loss, or stay out of it, together
 
 PerQuery = Tensor | Bitmask  # [Tq, K], positions in the row, -1 empty; or bits
-
-
-@dataclass(frozen=True)
-class TileSelection:
-    """One choice of keys for each tile of neighbouring queries, which see each other's tokens besides.
-
-    Attributes:
-        lists: [NT, K], int32: positions before each tile's first token, rising, then -1; see tile_op.py.
-        tile: tokens of a tile, counted from the start of its document.
-        visible: the same for each query: its tile's list, and its tile's tokens up to itself.
-    """
-
-    lists: Tensor
-    tile: int
-    visible: PerQuery
-
-
-Selection = PerQuery | TileSelection
-
-
-@overload
-def per_query(selection: Selection) -> PerQuery: ...
-
-
-@overload
-def per_query(selection: Selection | None) -> PerQuery | None: ...
-
-
-def per_query(selection: Selection | None) -> PerQuery | None:
-    """The keys of each query; None means all of the past."""
-    return selection.visible if isinstance(selection, TileSelection) else selection
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loopline.kernels.dsa.tile_op import places
+from loopline.kernels.dsa.visible import places
 from loopline.kernels.precision import wide
 
 
@@ -15,10 +15,11 @@ def gather_attention(
     Arguments and results as in gather_launch.py; computed in fp32, in fp64 where the inputs are, lse stays in it.
     """
     where = places(tile, cu_seqlens, q.device)
-    tokens = torch.arange(q.shape[1], device=q.device)
+    tokens = where.tokens
     # [T, T]: key s is in query t's tile and not after it, or listed and before the tile in its document.
     visible = (where.tiles[:, None] == where.tiles) & (tokens[:, None] >= tokens)
-    is_before = (where.documents[:, None] == where.documents) & (where.tiles[:, None] > where.tiles)
+    begins = where.begins[where.tiles]
+    is_before = (begins[:, None] == begins) & (where.tiles[:, None] > where.tiles)
     listed = lists.new_zeros(lists.shape[0], len(tokens) + 1, dtype=torch.bool)
     listed = listed.scatter_(1, lists.long().masked_fill(lists < 0, len(tokens)), True)[:, :-1]
     visible |= listed[where.tiles] & is_before

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loopline.kernels.backends import Boundaries, check_boundaries, known, listed, unknown
 from loopline.kernels.dsa.bitmask import Bitmask, longest, n_words, population
-from loopline.kernels.dsa.blocks import Block, PerQuery, Selection, TileSelection, blocks, per_query, sampled_blocks
+from loopline.kernels.dsa.blocks import Block, PerQuery, blocks, sampled_blocks
+from loopline.kernels.dsa.visible import Selection, TileSelection, per_query
 from loopline.kernels.precision import wide
 
 BACKENDS = ("triton", "reference")  # preferred first
@@ -187,19 +188,19 @@ def sparse_attention_with_lse(
         lse: [H, T], fp32, log of the sum of exp(scale q k^T) over the selection, without gradient. The reference's loss
             finds its own: None.
     """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if _is_triton(backend) and isinstance(selection, TileSelection):
+        from loopline.kernels.dsa.gather_launch import gather_attention
+
+        lists, tile = selection.lists, selection.tile
+        o, lse = gather_attention(q, k, v, lists, cu_seqlens=cu_seqlens, tile=tile, scale=scale)
+        return o, lse.detach()
     visible = per_query(selection)
     _check_attention(q, k, visible)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in [1, T, G]")
     _check_row(q, k, cu_seqlens, block_size, visible)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     if _is_triton(backend):
-        if isinstance(selection, TileSelection):
-            from loopline.kernels.dsa.gather_launch import gather_attention
-
-            lists, tile = selection.lists, selection.tile
-            o, lse = gather_attention(q, k, v, lists, cu_seqlens=cu_seqlens, tile=tile, scale=scale)
-            return o, lse.detach()
         from loopline.kernels.attention.launch import flash_attention
 
         bits = _bits(visible)
@@ -365,28 +366,38 @@ def attention_recall(
     return selected_sum, best_sum
 
 
-def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, int]:
+def selection_overlap(a: Selection, b: Selection) -> tuple[Tensor, Tensor | int]:
     """How far two selections of one row agree, e.g. those of two loops.
 
     Args:
-        a, b: from `select` or `tile_op.select_by_tile`, both as bits or both as lists.
+        a, b: both as bits, both as lists, or both by tile: then lists are compared, without the tiles' own tokens.
     Returns:
-        sum over queries of |A_t and B_t| / |A_t|, a scalar in fp32; and the number of queries.
+        sum of |A and B| / |A| over queries, or over tiles that list keys, a scalar in fp32; and the number of these.
     Raises:
-        ValueError: different numbers of queries, or bits against lists.
+        ValueError: different numbers of queries, or unlike selections.
     """
-    a, b = per_query(a), per_query(b)
+    if isinstance(a, TileSelection) and isinstance(b, TileSelection):
+        share, is_listed = _shared(a.lists, b.lists), (a.lists >= 0).any(-1)
+        return share.masked_fill(~is_listed, 0.0).sum(), is_listed.sum()
     if isinstance(a, Bitmask) and isinstance(b, Bitmask):
         return (population(a.words, b.words) / a.counts()).sum(), a.words.shape[0]
-    if isinstance(a, Bitmask) or isinstance(b, Bitmask):
-        raise ValueError("one selection is a Bitmask and the other index lists: convert one, Bitmask.from_positions")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        raise ValueError(
+            f"one selection is a {type(a).__name__} and the other a {type(b).__name__}: compare like with like, bits "
+            "and lists by Bitmask.from_positions"
+        )
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"selections are over {a.shape[0]} and {b.shape[0]} queries; they must be of one row")
+    return _shared(a, b).sum(), a.shape[0]
+
+
+def _shared(a: Tensor, b: Tensor) -> Tensor:
+    """|A and B| / |A| of index lists, row by row: [N, K], [N, K'] -> [N], fp32; NaN where A is empty."""
     ordered = b.masked_fill(b < 0, torch.iinfo(b.dtype).max).sort(dim=-1).values  # empty slots last
     place = torch.searchsorted(ordered, a.contiguous()).clamp_max(b.shape[1] - 1)
     is_valid = a >= 0
     is_shared = (ordered.gather(1, place) == a) & is_valid
-    return (is_shared.sum(-1) / is_valid.sum(-1)).sum(), a.shape[0]
+    return is_shared.sum(-1) / is_valid.sum(-1)
 
 
 def highest(scores: Tensor, allowed: Tensor, positions: Tensor, n_slots: int) -> Tensor:

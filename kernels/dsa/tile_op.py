@@ -1,24 +1,22 @@
-"""One choice of keys for a tile of neighbouring queries: which keys, and what each query of the tile then sees.
+"""One choice of keys for a tile of neighbouring queries.
 
-GATHER.md says why and how. What is written out here is plain torch by blocks; tile_launch.py has the Triton kernels.
+GATHER.md says why and how, visible.py what each query of a tile then sees. What is written out here is plain torch by
+blocks; tile_launch.py has the Triton kernels.
 """
 
 import itertools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loopline.kernels.backends import check_boundaries, unknown
-from loopline.kernels.dsa.bitmask import Bitmask, document_starts, n_words, words_of
-from loopline.kernels.dsa.blocks import TileSelection
 from loopline.kernels.dsa.op import BACKENDS, highest, index_scores
-from loopline.kernels.tables import pieces_on
+from loopline.kernels.dsa.visible import TileSelection
 
 SCORERS = ("past", "own")
 
 
-@torch.no_grad()
+@torch.compiler.disable
 def select_by_tile(
     q_index: Tensor,
     k_index: Tensor,
@@ -27,66 +25,16 @@ def select_by_tile(
     top_k: int,
     tile: int,
     cu_seqlens: list[int],
-    first_token: int = 0,
     backend: str = "reference",
 ) -> TileSelection:
     """`op.select` with one choice for a tile of queries: `tile_lists` scored by the past, as op.py takes a selection.
 
-    Arguments, errors and source are those of `tile_lists`. With `first_token`, `visible` is of the queries from it on.
+    Arguments, errors and source are those of `tile_lists`. Not in graphs of torch.compile, which it ends.
     """
     lists = tile_lists(
-        q_index,
-        k_index,
-        weights,
-        top_k=top_k,
-        tile=tile,
-        cu_seqlens=cu_seqlens,
-        scored_by="past",
-        first_token=first_token,
-        backend=backend,
+        q_index, k_index, weights, top_k=top_k, tile=tile, cu_seqlens=cu_seqlens, scored_by="past", backend=backend
     )
-    if backend == "triton":
-        return TileSelection(lists, tile, visible_bits(lists, tile=tile, cu_seqlens=cu_seqlens))
-    visible = tile_selection(lists, tile=tile, cu_seqlens=cu_seqlens, first_token=first_token)
-    return TileSelection(lists, tile, visible)
-
-
-def tile_selection(lists: Tensor, *, tile: int, cu_seqlens: list[int], first_token: int = 0) -> Tensor:
-    """The keys of each query, its tile's list and its tile's tokens up to itself, as index lists.
-
-    Args:
-        lists: [NT, K], from `tile_lists`.
-        tile, cu_seqlens, first_token: as there.
-    Returns:
-        [T - first_token, K + tile], int32: positions in the row, rising, then -1.
-    """
-    where = places(tile, cu_seqlens, lists.device)
-    tokens = torch.arange(first_token, cu_seqlens[-1], device=lists.device)
-    own = torch.arange(tile, device=lists.device) + where.starts[tokens, None]  # [T, tile]
-    own = own.masked_fill(own > tokens[:, None], -1)
-    selection = torch.cat([lists[where.tiles[tokens] - first_token // tile], own.int()], dim=1)
-    # Empty slots last: a stable sort keeps the rising order of the rest.
-    order = (selection < 0).int().sort(dim=1, stable=True).indices
-    return selection.gather(1, order)
-
-
-def visible_bits(lists: Tensor, *, tile: int, cu_seqlens: list[int]) -> Bitmask:
-    """`tile_selection` as bits, a tile's list spread out once and not once a query."""
-    where = places(tile, cu_seqlens, lists.device)
-    begins, width = document_starts(cu_seqlens, lists.device), n_words(cu_seqlens)
-    is_first = where.starts == torch.arange(len(begins), device=lists.device)
-    first_local = (where.starts - begins)[is_first]  # [NT]
-    words = words_of(lists, begins[is_first], first_local - 1, width)[where.tiles]  # [T, W]
-    # The tile's own tokens are a run of bits, in few words.
-    start, end = where.starts - begins, torch.arange(1, len(begins) + 1, device=lists.device) - begins
-    for i in range((tile - 1) // 32 + 2):
-        column = start // 32 + i
-        low, high = ((x - 32 * column).clamp(0, 32) for x in (start, end))
-        run = torch.where(high > low, (1 << high) - (1 << low), 0)
-        run = torch.where(run >= 2**31, run - 2**32, run).int()  # as the word's sign has it
-        column = column.clamp_max(width - 1)[:, None]  # past the last word the run is empty
-        words.scatter_(1, column, words.gather(1, column) | run[:, None])
-    return Bitmask(words)
+    return TileSelection(lists, tile, cu_seqlens, as_bits=backend == "triton")
 
 
 @torch.no_grad()
@@ -176,24 +124,6 @@ def _best(
     may_score = is_scorer[..., None] & (keys <= scorers[..., None])
     scores = scores.masked_fill(~may_score, -torch.inf).amax(1)  # [tiles, S]
     return highest(scores, keys < starts[:, None], keys, n_slots)
-
-
-class Places(NamedTuple):
-    """For each token of the row, [T] each: its tile, counted over the row, that tile's first token, its document."""
-
-    tiles: Tensor
-    starts: Tensor
-    documents: Tensor
-
-
-def places(tile: int, cu_seqlens: list[int], device: torch.device) -> Places:
-    """Of every token of a row whose documents are cut into tiles."""
-    pieces = pieces_on(tuple(cu_seqlens), tile, device).long()  # [NT, 2]
-    bounds = torch.tensor(cu_seqlens, device=device)
-    starts = bounds[pieces[:, 0]] + pieces[:, 1] * tile
-    tokens = torch.arange(cu_seqlens[-1], device=device)
-    tiles = torch.bucketize(tokens, starts, right=True) - 1
-    return Places(tiles, starts[tiles], pieces[tiles, 0])
 
 
 def _check_lists(

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from loopline.kernels.dsa.blocks import Selection
 from loopline.kernels.dsa.op import (
     BACKENDS,
     IndexerLoss,
@@ -14,6 +13,7 @@ from loopline.kernels.dsa.op import (
     sparse_attention_with_lse,
 )
 from loopline.kernels.dsa.tile_op import select_by_tile
+from loopline.kernels.dsa.visible import Selection
 from loopline.kernels.precision import wide
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext

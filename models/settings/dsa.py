@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from loopline.kernels.dsa.gather_tiles import max_rows
+from loopline.kernels.dsa.gather_tiles import MAX_D_HEAD, max_rows
 from loopline.models.settings.full import FullAttentionConfig
 from loopline.models.settings.section import mean_keys
 
@@ -69,7 +69,12 @@ class SparseAttentionConfig(FullAttentionConfig):
             )
         if self.selection_tile is not None and self.backend != "reference":
             n_shared, width = self.n_heads // (self.n_kv_heads or self.n_heads), self.head_size(d_model)
-            if self.selection_tile * n_shared > max_rows(width):
+            if width > MAX_D_HEAD:
+                found.append(
+                    f"{self.field('d_head')} ({width}) must be at most {MAX_D_HEAD} for our kernel of "
+                    f"{self.field('selection_tile')}: lower it, or set {self.field('backend')} to 'reference'"
+                )
+            elif self.selection_tile * n_shared > max_rows(width):
                 found.append(
                     f"{self.field('selection_tile')} ({self.selection_tile}) times the {n_shared} query heads of a key "
                     f"head must be at most {max_rows(width)} for heads of {width} channels, what our kernel takes: "

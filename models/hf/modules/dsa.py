@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from loopline.kernels.dsa.op import select, sparse_attention
-from loopline.kernels.dsa.tile_op import tile_lists, tile_selection
+from loopline.kernels.dsa.tile_op import tile_lists
+from loopline.kernels.dsa.visible import tile_selection
 from loopline.kernels.precision import wide
 from loopline.models.hf.configuration_loopline import LooplineConfig
 from loopline.models.hf.modules.call import Call, settings_of
@@ -40,6 +41,7 @@ class LooplineSparseAttention(LooplineAttention):
     def __init__(self, config: LooplineConfig) -> None:
         super().__init__(config)
         settings = self.settings = settings_of(config, self.name)
+        self.tile = getattr(settings, "selection_tile", None)  # older exports do not say
         d, d_index = config.hidden_size, settings.index_d_head
         self.index_q_proj = nn.Linear(d, settings.index_n_heads * d_index, bias=False)
         self.index_k_proj = nn.Linear(d, d_index, bias=False)
@@ -80,11 +82,11 @@ class LooplineSparseAttention(LooplineAttention):
             tables = call.rotary(n_rope, self.rope_theta)
             q, k = (torch.cat([rotate(y[..., :n_rope], tables), y[..., n_rope:]], dim=-1) for y in (q, k))
         k, w = k[:, :, 0], self.index_w_proj(x)  # [B, T, DI], [B, T, HI]
-        if self.settings.selection_tile is not None:
+        if self.tile is not None:
             k = torch.cat([k, w, q.flatten(2)], dim=-1)
         if cache is not None:
             k = cache.layers[slot].update_indexer(k)  # type: ignore[union-attr]
-        choose = self.choose_by_query if self.settings.selection_tile is None else self.choose_by_tile
+        choose = self.choose_by_query if self.tile is None else self.choose_by_tile
         chosen: dict[int, Tensor] = {}
 
         def row(i: int, q: Tensor, w: Tensor, cached: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class LooplineSparseAttention(LooplineAttention):
         """[t, top_k + selection_tile] for a row's t new tokens, from keys, head weights and queries of all."""
         n_new, (n_heads, d) = q.shape[1], q.shape[2:]
         k, w, q = cached.split([d, n_heads, n_heads * d], dim=-1)
-        row = {"tile": self.settings.selection_tile, "cu_seqlens": [0, k.shape[1]], "first_token": k.shape[1] - n_new}
+        row = {"tile": self.tile, "cu_seqlens": [0, k.shape[1]], "first_token": k.shape[1] - n_new}
         q, w = q.unflatten(-1, (n_heads, d)), self.scaled(w)
         lists = tile_lists(q, k, w, top_k=self.settings.top_k, scored_by="past", **row)
         return tile_selection(lists, **row)

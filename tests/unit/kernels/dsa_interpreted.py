@@ -16,8 +16,8 @@ from torch import Tensor
 
 from loopline.kernels.dsa import op
 from loopline.kernels.dsa.bitmask import Bitmask
-from loopline.kernels.dsa.blocks import Selection
 from loopline.kernels.dsa.tiles import IndexTiles, Tile
+from loopline.kernels.dsa.visible import Selection
 from loopline.models.context import RowContext
 from loopline.models.packing import Packing
 from tests.tolerances import rms_ratio

@@ -15,7 +15,8 @@ from loopline.kernels.dsa.bitmask import Bitmask
 from loopline.kernels.dsa.gather_launch import _slab, gather_attention
 from loopline.kernels.dsa.gather_reference import gather_attention as reference
 from loopline.kernels.dsa.gather_tiles import backward_tiles, forward_tiles, max_rows
-from loopline.kernels.dsa.tile_op import select_by_tile, tile_lists, tile_selection, visible_bits
+from loopline.kernels.dsa.tile_op import select_by_tile, tile_lists
+from loopline.kernels.dsa.visible import tile_selection, visible_bits
 from loopline.kernels.errors import BackendError
 from tests.tolerances import TOLERANCES, rms_ratio
 
@@ -176,26 +177,41 @@ def test_a_position_that_no_list_may_hold_is_in_no_bits() -> None:
 @pytest.mark.parametrize("first_token", [1, 7, 8, 37, 60])
 def test_a_decoder_finds_the_choices_of_the_last_tokens_alone(first_token: int) -> None:
     inputs = make_inputs([61], is_grid=True)
-    row = {"top_k": 6, "tile": 8, "cu_seqlens": inputs.cu_seqlens}
-    whole = select_by_tile(**inputs.index, **row)
-    part = select_by_tile(**inputs.index, **row, first_token=first_token)
-    assert torch.equal(part.lists, whole.lists[first_token // 8 :])
-    assert torch.equal(part.visible, whole.visible[first_token:])
+    whole = lists_of(inputs, tile=8)
+    part = lists_of(inputs, tile=8, first_token=first_token)
+    assert torch.equal(part, whole[first_token // 8 :])
+    row = {"tile": 8, "cu_seqlens": inputs.cu_seqlens}
+    found = tile_selection(part, **row, first_token=first_token)
+    assert torch.equal(found, tile_selection(whole, **row)[first_token:])
 
 
 @packed
 def test_ops_take_a_choice_by_tile_as_what_each_query_sees(lengths: list[int]) -> None:
     inputs = make_inputs(lengths).map(lambda x: x.double())
     bounds = {"cu_seqlens": inputs.cu_seqlens}
-    chosen, other = (select_by_tile(**inputs.index, top_k=k, tile=4, **bounds) for k in (6, 3))
+    chosen = select_by_tile(**inputs.index, top_k=6, tile=4, **bounds)
     qk = {name: inputs.attention[name] for name in ("q", "k")}
     for run in (
         lambda selection: [op.sparse_attention(**inputs.attention, selection=selection, **bounds)],
         lambda selection: op.indexer_loss(**qk, selection=selection, **inputs.index, **bounds),
         lambda selection: op.attention_recall(**qk, selection=selection, **bounds),
-        lambda selection: [op.selection_overlap(selection, other)[0], op.selection_overlap(other, selection)[0]],
     ):
         assert all(torch.equal(a, b) for a, b in zip(run(chosen), run(chosen.visible), strict=True))
+
+
+def test_overlap_of_choices_by_tile_leaves_out_what_nobody_chose() -> None:
+    """Own tokens, which two choices always share, and the first tiles of documents, which list nothing."""
+    inputs = make_inputs([37, 3, 9])
+    a, b = (select_by_tile(**inputs.index, top_k=k, tile=8, cu_seqlens=inputs.cu_seqlens) for k in (6, 3))
+    shares = []
+    for x, y in zip(a.lists.tolist(), b.lists.tolist(), strict=True):
+        if x[0] >= 0:
+            shares.append(len({*x} & {*y} - {-1}) / len({*x} - {-1}))
+    total, count = op.selection_overlap(a, b)
+    assert (total.item(), int(count)) == (pytest.approx(sum(shares)), len(shares))
+    assert len(shares) == 5
+    with pytest.raises(ValueError, match="one selection is a TileSelection and the other a Tensor"):
+        op.selection_overlap(a, a.visible)
 
 
 def test_recall_compares_with_the_best_as_many_keys() -> None:

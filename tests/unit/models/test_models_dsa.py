@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama import modeling_llama
 
 from loopline.kernels.dsa import reference
-from loopline.kernels.dsa.blocks import Selection, per_query
+from loopline.kernels.dsa.visible import Selection, per_query
 from loopline.models.config import ModelConfig
 from loopline.models.context import BlockContext, RowContext
 from loopline.models.looped_lm import LoopedLM

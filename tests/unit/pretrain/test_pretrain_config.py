@@ -163,6 +163,7 @@ UNSERVED = [
     ("dsa", ["index_d_rope=66"], ["MIXER.index_d_rope (66)", "MIXER.index_d_head (64)"]),
     ("dsa", ["index_d_rope=5"], ["MIXER.index_d_rope (5)", "must be even"]),
     ("dsa", ["selection_tile=129"], ["MIXER.selection_tile (129)", "at most 128", "lower it", "MIXER.backend"]),
+    ("dsa", ["selection_tile=1", "d_head=258"], ["MIXER.d_head (258)", "at most 256", "MIXER.selection_tile"]),
     ("dsa", ["selection_tile=33", "n_kv_heads=1"], ["MIXER.selection_tile (33)", "4 query heads", "at most 128"]),
     ("dsa", ["selection_loops=[1, 2]"], ["MIXER.selection_loops ([1, 2])", "rise from 0", "start with 0"]),
     ("dsa", ["selection_loops=[0, 2, 1]"], ["MIXER.selection_loops ([0, 2, 1])", "rise from 0"]),
