@@ -18,6 +18,7 @@ from loopline.data_pipeline.errors import DataError
 from loopline.data_pipeline.tokenizer import TokenizerFile
 from loopline.pretrain.config import RunConfig, load_config
 from loopline.pretrain.errors import CheckpointError, ConfigError, NonFiniteError
+from loopline.pretrain.world import world_from_environment
 
 if TYPE_CHECKING:  # `--dry-run` loads no torch
     import torch
@@ -82,12 +83,12 @@ def train(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError, CheckpointError, NonFiniteError: see their messages.
     """
+    checked = check_before_groups(config)
     from loopline.pretrain import build, checkpoint, run_folder
     from loopline.pretrain.loop import Loop
     from loopline.pretrain.parallel.topology import init_topology, shutdown
     from loopline.pretrain.start import agree_on_start
 
-    checked = check_before_groups(config)
     run_dir, manifest, data_id = Path(config.run.dir), checked.manifest, checked.data_id
     held = run_folder.lock(run_dir) if checked.rank == 0 else None
     run_folder.set_up_logging(run_dir, checked.rank)
@@ -170,12 +171,12 @@ def check_before_groups(config: RunConfig) -> Checked:
     Raises:
         ConfigError, DataError, CheckpointError: see their messages.
     """
+    rank, world_size, local_rank = world_from_environment()
+    config.validate_for(world_size)  # before torch is loaded, which takes seconds
     from loopline.pretrain import build, corpus, run_folder
-    from loopline.pretrain.parallel.topology import pick_device, world_from_environment
+    from loopline.pretrain.parallel.topology import pick_device
     from loopline.pretrain.start import find_start
 
-    rank, world_size, local_rank = world_from_environment()
-    config.validate_for(world_size)
     run_folder.check_folder(Path(config.run.dir))
     device = pick_device(config.train.device, local_rank)
     backends = build.chosen_backends(config, device)

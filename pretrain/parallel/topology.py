@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from loopline.pretrain.errors import ConfigError
+from loopline.pretrain.world import world_from_environment
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,6 @@ class Topology:
         parts: list[dict[str, Any]] = [{}] * self.world_size
         dist.all_gather_object(parts, part)
         return {key: value for each in parts for key, value in each.items()}
-
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
 def pick_device(choice: str, local_rank: int) -> torch.device:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
 TORCH_FREE = [
     ROOT / "pretrain/config.py",
     ROOT / "pretrain/plan.py",
+    ROOT / "pretrain/world.py",
     ROOT / "models/config.py",
     ROOT / "models/flops.py",
     ROOT / "models/loop_plan.py",
