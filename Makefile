@@ -24,7 +24,7 @@ quickstart: install
 # A file's tests share fixtures, so they stay in one process. TEST_WORKERS=0 runs everything in this one.
 TEST_WORKERS ?= 2
 test: install style types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 style: install
 	$(BIN)/ruff check .
