@@ -193,17 +193,19 @@ def complete(folder: Path) -> list[Path]:
 
 
 def resolve(where: str) -> Path:
-    """A checkpoint's folder, from itself or from its run's folder (the newest).
+    """A checkpoint's folder, from itself; or the newest, from its run's folder, `checkpoints` or `checkpoints/latest`.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: none is there.
     """
     path = Path(where)
+    if path.name == "latest" and path.is_file():
+        path = path.parent
     if not path.is_dir():
         raise CheckpointError(f"{where} does not exist: give a run folder or one of its checkpoints/step_* folders")
     if (path / "manifest.json").exists():
         return path
-    latest = find_latest(path / "checkpoints")
+    latest = find_latest(path if path.name == "checkpoints" else path / "checkpoints")
     if latest is None:
         raise CheckpointError(f"{where} holds no checkpoint: train first, or give a checkpoints/step_* folder")
     return latest

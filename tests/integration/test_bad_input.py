@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loopline.pretrain.checkpoint import resolve
 from tests.jobs import Job, run_job
 
 
@@ -233,6 +234,12 @@ def test_an_existing_export_folder_is_refused(trained, tmp_path):
     out.mkdir()
     assert_refused(loopline("export", "hf", str(trained.run_dir), str(out)), "exists")
     assert list(out.iterdir()) == []
+
+
+def test_a_run_and_its_newest_checkpoint_are_found_by_every_name_they_have(run_copy):
+    newest = run_copy / "checkpoints" / "step_00000001"
+    for where in (run_copy, run_copy / "checkpoints", run_copy / "checkpoints" / "latest", newest):
+        assert resolve(str(where)) == newest
 
 
 def test_eval_and_export_of_nothing_are_refused(tmp_path):
