@@ -188,7 +188,6 @@ def sparse_attention_with_lse(
         lse: [H, T], fp32, log of the sum of exp(scale q k^T) over the selection, without gradient. The reference's loss
             finds its own: None.
     """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     if _is_triton(backend) and isinstance(selection, TileSelection):
         from loopline.kernels.dsa.gather_launch import gather_attention
 
@@ -200,6 +199,7 @@ def sparse_attention_with_lse(
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in [1, T, G]")
     _check_row(q, k, cu_seqlens, block_size, visible)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     if _is_triton(backend):
         from loopline.kernels.attention.launch import flash_attention
 
