@@ -94,14 +94,17 @@ def _serve(task: Callable[[Item], None], connection: Connection) -> None:
     while True:
         try:
             item = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # closed: the main process is done, or has failed and says why
             return
         try:
             task(item)
             problem = None
         except DataError as error:
             problem = str(error)
-        connection.send(problem)
+        try:
+            connection.send(problem)
+        except OSError:  # likewise
+            return
 
 
 def _end_with_parent() -> None:

@@ -1,6 +1,7 @@
 """One source, one result: with any number of workers, after any kill, with a full disk in between."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from loopline.data_pipeline.jsonl_source import JsonlSource
 from loopline.data_pipeline.manifest import Manifest
 from loopline.data_pipeline.sources import FileSource
 from loopline.data_pipeline.tokenizer import TokenizerFile
+from loopline.data_pipeline.workers import _serve as serve
 
 SETTINGS = {"vocab_size": 300, "heldout_fraction": 0.15, "record_tokens": 3000, "shard_bytes": 50_000}
 # A build in a process of its own; `SLOW_S` stretches every part so that a kill lands inside one.
@@ -195,6 +197,22 @@ def test_workers_end_with_their_parent_in_the_middle_of_an_item(tmp_path):
         process.wait()
     assert len(workers) == 2
     wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers), 10)
+
+
+@pytest.mark.parametrize("items", [[], ["item"]], ids=["waiting", "answering"])
+def test_a_worker_whose_pipe_is_closed_ends_in_silence(items, capfd):
+    """The main process has its own error to show, and workers of a full disk fail one after the other."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    for item in items:
+        ours.send(item)
+    worker = context.Process(target=serve, args=(print, theirs))
+    worker.start()
+    theirs.close()
+    ours.close()  # unread answers make this a reset, and not an end
+    worker.join(60)
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_worker_is_a_clear_error_and_the_rerun_is_whole(small, start, tmp_path):
