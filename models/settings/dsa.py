@@ -110,8 +110,10 @@ class SparseAttentionConfig(FullAttentionConfig):
         return d_model * (self.index_n_heads * self.index_d_head + self.index_d_head + self.index_n_heads)
 
     def _keys(self, n_tokens: int) -> float:
-        if self.index_loss == "dense" or self.selection_tile is None:
-            return mean_keys(n_tokens, n_tokens if self.index_loss == "dense" else self.top_k)
+        if self.index_loss == "dense":
+            return mean_keys(n_tokens, n_tokens)
+        if self.selection_tile is None:
+            return mean_keys(n_tokens, self.top_k)
         firsts = range(0, n_tokens, self.selection_tile)
         sizes = [min(self.selection_tile, n_tokens - first) for first in firsts]
         pairs = sum(n * min(first, self.top_k) + n * (n + 1) / 2 for first, n in zip(firsts, sizes))

@@ -79,19 +79,19 @@ def test_warm_up_trains_the_indexer_alone_and_raises_its_recall(data, tmp_path):
     """The two stages: attention takes shape while dense, then only the indexer learns to find what it attends to."""
     common = [data, "model.dsa.index_loss=dense", "model.dsa.selection_loops=none", "model.dsa.top_k=4"]
     common += ["model.dsa.index_d_head=32", "model.dsa.index_n_heads=4", "model.dsa.index_d_rope=32"]
-    first = [*common, "train.steps=80", "optimizer.lr=3e-3", "model.dsa.index_loss_weight=1e-9"]
+    first = [*common, "train.steps=150", "optimizer.lr=3e-3", "model.dsa.index_loss_weight=1e-9"]
     start = run_job("debug_dsa", tmp_path / "start", *first)
-    path = start.run_dir / "checkpoints" / "step_00000080"
-    second = [*common, "train.steps=48", "optimizer.lr=1e-2", "optimizer.warmup_steps=0", "eval.every=8"]
+    path = start.run_dir / "checkpoints" / "step_00000150"
+    second = [*common, "train.steps=80", "optimizer.lr=1e-2", "optimizer.warmup_steps=0", "eval.every=8"]
     second += ["eval.batches=1", "train.trainable=indexer", f"checkpoint.init_from={path}"]
     job = run_job("debug_dsa", tmp_path / "warm-up", *second)
     recall = [record["indexer_recall"] for record in job.records if "indexer_recall" in record]
     loss = job.series("indexer_loss")
-    assert recall[-1] > recall[0] + 0.02, recall  # measured 0.810 to 0.852
+    assert recall[-1] > recall[0] + 0.04, recall  # measured 0.786 to 0.862
     assert sum(loss[-8:]) < 0.7 * sum(loss[:8]), loss
     before, after = (
         read_full(run.run_dir / "checkpoints" / name, "weight")
-        for run, name in ((start, "step_00000080"), (job, "step_00000048"))
+        for run, name in ((start, "step_00000150"), (job, "step_00000080"))
     )
     for name in before:
         assert torch.equal(before[name], after[name]) == (".index_" not in name), name

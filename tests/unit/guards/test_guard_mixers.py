@@ -121,10 +121,11 @@ def test_flop_formula_is_at_least_its_matrices(mixer: str) -> None:
     assert SMALL[mixer].flops(config_of(mixer).d_model, 1) > 2 * matrices
 
 
-@every_mixer
-def test_cache_formula_counts_what_decoding_keeps(mixer: str) -> None:
+@pytest.mark.parametrize(("mixer", "options"), [*((mixer, {}) for mixer in MIXERS), ("dsa", {"selection_tile": 5})])
+def test_cache_formula_counts_what_decoding_keeps(mixer: str, options: dict[str, int]) -> None:
     """One loop of one block, after more tokens than any window."""
-    config = config_of(mixer).model_copy(update={"n_loops": 1})
+    section = SMALL[mixer].model_copy(update=options)
+    config = config_of(mixer).model_copy(update={"n_loops": 1, mixer: section})
     model = LooplineForCausalLM(LooplineConfig(**to_hf_config(config)))
     n_tokens = 40
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_cache_formula_counts_what_decoding_keeps(mixer: str) -> None:
     else:
         kept += layer.keys.numel() + layer.values.numel()
         kept += getattr(layer, "indexer_keys", torch.empty(0)).numel()
-    fixed, per_token = SMALL[mixer].cache_numbers(config.d_model)
+    fixed, per_token = section.cache_numbers(config.d_model)
     assert kept == fixed + n_tokens * per_token
 
 

@@ -4,6 +4,7 @@ Run as `python -m tests.unit.kernels.dsa_interpreted` from the root with TRITON_
 Large tiles keep the interpreter quick; tiles that a GPU would get have cases of their own.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -112,10 +113,9 @@ def own_tiles_choice(dtype: torch.dtype) -> Figures:
 def special_scores(tiles: IndexTiles, dtype: torch.dtype) -> Figures:
     """Both zeros, infinities, NaN, the smallest and largest numbers."""
     index, n_tokens = special_index()
-    whole, cut = [0, n_tokens], [0, 30, n_tokens]
     different = 0.0
     with tiles_of(tiles):
-        for top_k, bounds in ((1, whole), (13, whole), (40, cut), (77, cut)):
+        for top_k, bounds in itertools.product((1, 5, 13, 40, 77), ([0, n_tokens], [0, 30, n_tokens])):
             bits = op.select(**index, top_k=top_k, cu_seqlens=bounds, backend="triton")
             different += n_different(bits, op.select(**index, top_k=top_k, cu_seqlens=bounds), bounds)
     return {"different": different}

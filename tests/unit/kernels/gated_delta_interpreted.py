@@ -212,7 +212,7 @@ def looped_graph(dtype: torch.dtype) -> Figures:
 
     from loopline.kernels.gated_delta.op import gated_delta
 
-    bounds, width = [0, 30, 31], 64
+    bounds, width = [0, 30, 31, 70], 64
     weights = {name: (torch.randn(width, width) * width**-0.5).to(dtype) for name in "qkvo"}
     gates = torch.randn(width, 4) * width**-0.5
 

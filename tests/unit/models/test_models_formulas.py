@@ -8,12 +8,14 @@ from model_cases import make_config, tokens_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from loopline.kernels.dsa.tile_op import select_by_tile
 from loopline.models.config import MIXERS, ModelConfig
 from loopline.models.flops import block_parameters, forward_flops, model_parameters, train_flops
 from loopline.models.looped_lm import LoopedLM
 from loopline.models.settings.full import FullAttentionConfig
 from loopline.models.settings.gdn import GatedDeltaConfig
 from loopline.models.settings.section import mean_keys
+from tests.unit.small_mixers import SMALL
 
 FULL = [
     FullAttentionConfig(n_heads=4),
@@ -144,3 +146,17 @@ def test_cost_grows_with_the_document_where_the_mixer_looks_back_further(mixer: 
     fixed, per_token = section.cache_numbers(64)
     assert (per_token > 0) == (mixer in ("full", "nsa", "dsa"))
     assert (fixed > 0) == (per_token == 0)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "tile", "top_k"), [(1, 1, 1), (37, 5, 7), (37, 64, 7), (64, 16, 16), (50, 8, 1000)]
+)
+def test_a_tile_of_queries_costs_the_keys_its_queries_see(n_tokens: int, tile: int, top_k: int) -> None:
+    torch.manual_seed(0)
+    index = torch.randn(1, n_tokens, 2, 4), torch.randn(1, n_tokens, 4), torch.randn(1, n_tokens, 2)
+    visible = select_by_tile(*index, top_k=top_k, tile=tile, cu_seqlens=[0, n_tokens]).visible
+    section = SMALL["dsa"].model_copy(update={"top_k": top_k})
+    by_tile = section.model_copy(update={"selection_tile": tile})
+    n_more = int((visible >= 0).sum()) / n_tokens - mean_keys(n_tokens, top_k)
+    per_key = 4 * section.n_heads * section.head_size(24)
+    assert by_tile.flops(24, n_tokens) - section.flops(24, n_tokens) == pytest.approx(per_key * n_more, abs=1e-6)
